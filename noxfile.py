@@ -1,0 +1,89 @@
+"""The lanes of the project: ``nox -l`` lists them, ``nox -s tests`` runs what the README promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "tests", "audit", "docs", "wheel"]
+nox.options.reuse_existing_virtualenvs = True
+
+PINS = ("-c", "constraints.txt")
+TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict", "ml-dtypes", "mpmath")
+# Small matrices: threads of the libraries would only fight with the test workers for the cores.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+LIBRARIES = {"numpy": (), "torch": ("torch==2.13.0",), "jax": ("jax",)}
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """The whole suite on every library that runs on a CPU; none may be missing. Arguments go to pytest."""
+    libraries = [package for packages in LIBRARIES.values() for package in packages]
+    session.install(*PINS, "-e", ".", *TESTS, *libraries)
+    session.run("pytest", "-n", "2", *session.posargs, env={"CLORA_LANES": "all", **ONE_THREAD})
+
+
+@nox.session
+@nox.parametrize("library", sorted(LIBRARIES), ids=sorted(LIBRARIES))
+def backend(session: nox.Session, library: str) -> None:
+    """The suite with one library installed beside NumPy: nothing may need the others."""
+    session.install(*PINS, "-e", ".", *TESTS, *LIBRARIES[library])
+    session.run("pytest", "-n", "2", *session.posargs, env={"CLORA_LANES": library, **ONE_THREAD})
+
+
+@nox.session
+def thorough(session: nox.Session) -> None:
+    """The suite with 10 000 examples a property: hours."""
+    libraries = [package for packages in LIBRARIES.values() for package in packages]
+    session.install(*PINS, "-e", ".", *TESTS, *libraries)
+    environment = {"CLORA_LANES": "all", "HYPOTHESIS_PROFILE": "thorough", **ONE_THREAD}
+    session.run("pytest", "-n", "2", *session.posargs, env=environment)
+
+
+@nox.session
+def audit(session: nox.Session) -> None:
+    """Rules that no single test sees: imports, creation calls, the capability table."""
+    session.install(*PINS, "-e", ".", *TESTS)
+    session.run("pytest", "tests/test_audit.py", *session.posargs, env={"CLORA_LANES": "numpy"})
+
+
+@nox.session
+def mutations(session: nox.Session) -> None:
+    """Break the core line by line; every break must die by a failed assertion."""
+    session.install(*PINS, "-e", ".", *TESTS)
+    session.run("python", "tests/mutations.py", *session.posargs, env={"CLORA_LANES": "numpy", **ONE_THREAD})
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Style and likely mistakes."""
+    session.install(*PINS, "ruff")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Static types of the packages."""
+    session.install(*PINS, "-e", ".", "pyright", "nox")
+    session.run("pyright")
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation, warnings being errors."""
+    session.install(*PINS, "-e", ".[docs]")
+    session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """The built wheel alone, in an empty environment: what a bare install promises."""
+    folder = session.create_tmp()
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ".")
+    session.install(*PINS, "clora", "--no-index", "--find-links", folder, "--no-deps", "--force-reinstall")
+    session.install(*PINS, "array-api-compat", "numpy")
+    session.chdir(folder)
+    session.run("python", str(Path(__file__).parent / "tests" / "bare_install.py"))
