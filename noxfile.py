@@ -7,7 +7,7 @@ from pathlib import Path
 import nox
 
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["lint", "types", "tests", "audit", "docs", "wheel"]
+nox.options.sessions = ["lint", "types", "tests", "audit", "docs", "wheel", "bench"]
 nox.options.reuse_existing_virtualenvs = True
 
 PINS = ("-c", "constraints.txt")
@@ -21,7 +21,7 @@ LIBRARIES = {"numpy": (), "torch": ("torch==2.13.0",), "jax": ("jax",)}
 def tests(session: nox.Session) -> None:
     """The whole suite on every library that runs on a CPU; none may be missing. Arguments go to pytest."""
     libraries = [package for packages in LIBRARIES.values() for package in packages]
-    session.install(*PINS, "-e", ".", *TESTS, *libraries)
+    session.install(*PINS, "-e", ".[study]", *TESTS, *libraries)
     session.run("pytest", "-n", "2", *session.posargs, env={"CLORA_LANES": "all", **ONE_THREAD})
 
 
@@ -37,7 +37,7 @@ def backend(session: nox.Session, library: str) -> None:
 def thorough(session: nox.Session) -> None:
     """The suite with 10 000 examples a property: hours."""
     libraries = [package for packages in LIBRARIES.values() for package in packages]
-    session.install(*PINS, "-e", ".", *TESTS, *libraries)
+    session.install(*PINS, "-e", ".[study]", *TESTS, *libraries)
     environment = {"CLORA_LANES": "all", "HYPOTHESIS_PROFILE": "thorough", **ONE_THREAD}
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
 
@@ -67,14 +67,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the packages."""
-    session.install(*PINS, "-e", ".", "pyright", "nox")
+    session.install(*PINS, "-e", ".[study]", "pyright", "nox")
     session.run("pyright")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings being errors."""
-    session.install(*PINS, "-e", ".[docs]")
+    session.install(*PINS, "-e", ".[docs,cli]")
     session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
 
 
@@ -87,3 +87,10 @@ def wheel(session: nox.Session) -> None:
     session.install(*PINS, "array-api-compat", "numpy")
     session.chdir(folder)
     session.run("python", str(Path(__file__).parent / "tests" / "bare_install.py"))
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Benchmarks, briefly: that they run and what they print. ``-- --full`` measures."""
+    session.install(*PINS, "-e", ".")
+    session.run("python", "benchmarks/overhead.py", *(session.posargs or ["--smoke"]), env=ONE_THREAD)

@@ -1,0 +1,133 @@
+"""Running methods side by side over a stream, and the result file they leave. Nothing here draws or prints."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clora_core import metrics
+from clora_core.errors import OptionError, message
+
+from . import methods
+from .suites import Backbone, Task
+
+SCHEMA = "clora-study/1"
+BACKENDS = ("numpy",)
+PACKAGES = ("clora", "numpy", "array-api-compat", "scikit-learn", "mlxtend")
+
+
+def new_result(
+    *, suite: str, tasks: int, seed: int, rank: int, backend: str, command: str, backbone: Backbone
+) -> dict[str, Any]:
+    """A result with no method in it yet.
+
+    Raises
+    ------
+    OptionError
+        An unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise OptionError(
+            message(
+                "clora demo",
+                "no such backend",
+                got=repr(backend),
+                needed="one of " + ", ".join(map(repr, BACKENDS)),
+                cause="a backend of a later version, or a misspelt name",
+                fix="--backend numpy",
+            )
+        )
+    return {
+        "schema": SCHEMA,
+        "suite": suite,
+        "tasks": tasks,
+        "seed": seed,
+        "rank": rank,
+        "backend": backend,
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "command": command,
+        "backbone_accuracy": float(backbone.accuracy),
+        "complete": False,
+        "methods": {},
+    }
+
+
+def run_method(
+    result: dict[str, Any],
+    name: str,
+    backbone: Backbone,
+    stream: list[Task],
+    *,
+    on_step: Callable[[], None] = lambda: None,
+    on_task: Callable[[str, list[float]], None] = lambda name, row: None,
+) -> None:
+    """Train one method; ``result`` takes what is known after every task, so that an interrupt loses none of it."""
+    method = methods.get_method(name)
+    rows: list[dict[str, Any]] = []
+    for row in methods.train(method, backbone, stream, rank=result["rank"], seed=result["seed"], on_step=on_step):
+        rows.append(row)
+        result["methods"][name] = _summary(method, rows, len(stream))
+        on_task(name, row["accuracy"])
+
+
+def _summary(method: methods.Method, rows: list[dict[str, Any]], tasks: int) -> dict[str, Any]:
+    """Metrics over the finished tasks; see `clora_core.metrics` for each formula."""
+    accuracy = [row["accuracy"] for row in rows]
+    seen = np.asarray(accuracy)[:, : len(rows)]
+    return {
+        "title": method.title,
+        "summary": method.summary,
+        "finished": len(rows),
+        "complete": len(rows) == tasks,
+        "accuracy": accuracy,
+        "last_accuracy": float(metrics.last_accuracy(seen)),
+        "average_incremental_accuracy": float(metrics.average_incremental_accuracy(seen)),
+        "backward_transfer": float(metrics.backward_transfer(seen)),
+        "forward_transfer": float(metrics.forward_transfer(seen, baseline=np.full(len(rows), 1 / methods.CLASSES))),
+        "forgetting": float(metrics.forgetting(seen)),
+        "learned": float(np.mean(np.diagonal(seen))),
+        "parameters": rows[-1]["parameters"],
+        "state_bytes": rows[-1]["state_bytes"],
+        "state_bytes_by_task": [row["state_bytes"] for row in rows],
+        "seconds": sum(row["seconds"] for row in rows),
+        "drift_by_task": [row["drift"] for row in rows],
+        "spectrum": rows[-1]["spectrum"],
+        "settings": {
+            key: value for key, value in vars(method).items() if key not in ("title", "summary") and value is not None
+        },
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def to_json(result: dict[str, Any]) -> str:
+    """The result as JSON text; a number that is not finite is refused, since JSON has none."""
+    return json.dumps(result, indent=1, allow_nan=False) + "\n"
+
+
+def human_bytes(count: float) -> str:
+    """1120408 -> '1.07 MiB'."""
+    power = min(int(math.log(max(count, 1), 1024)), 3)
+    return f"{count / 1024**power:.{0 if power == 0 else 2}f} {('B', 'KiB', 'MiB', 'GiB')[power]}"
