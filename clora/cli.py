@@ -169,10 +169,10 @@ def _train_all(result: dict[str, Any], chosen: dict[str, Any], backbone: Any, st
 
 def _table(result: dict[str, Any]) -> Table:
     title = f"{result['suite']}, {result['tasks']} tasks, rank {result['rank']}, seed {result['seed']}"
-    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("method", no_wrap=True)
     for header in ("Last-Acc", "learned", "BWT", "bytes after\ntask 1", "bytes after\nthe last", "s"):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", min_width=9 if "bytes" in header else None)
     for name, entry in result["methods"].items():
         table.add_row(
             name if entry["complete"] else f"{name} ({entry['finished']} tasks)",
