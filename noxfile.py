@@ -15,13 +15,14 @@ TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict", "ml-dtypes"
 # Small matrices: threads of the libraries would only fight with the test workers for the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 LIBRARIES = {"numpy": (), "torch": ("torch==2.13.0",), "jax": ("jax",)}
+PEERS = ("transformers", "accelerate")  # what clora_torch is used with
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
     """The whole suite on every library that runs on a CPU; none may be missing. Arguments go to pytest."""
     libraries = [package for packages in LIBRARIES.values() for package in packages]
-    session.install(*PINS, "-e", ".[study]", *TESTS, *libraries)
+    session.install(*PINS, "-e", ".[study]", *TESTS, *libraries, *PEERS)
     session.run("pytest", "-n", "2", *session.posargs, env={"CLORA_LANES": "all", **ONE_THREAD})
 
 
@@ -37,7 +38,7 @@ def backend(session: nox.Session, library: str) -> None:
 def thorough(session: nox.Session) -> None:
     """The suite with 10 000 examples a property: hours."""
     libraries = [package for packages in LIBRARIES.values() for package in packages]
-    session.install(*PINS, "-e", ".[study]", *TESTS, *libraries)
+    session.install(*PINS, "-e", ".[study]", *TESTS, *libraries, *PEERS)
     environment = {"CLORA_LANES": "all", "HYPOTHESIS_PROFILE": "thorough", **ONE_THREAD}
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
 
@@ -67,7 +68,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the packages."""
-    session.install(*PINS, "-e", ".[study]", "pyright", "nox")
+    session.install(*PINS, "-e", ".[study]", *LIBRARIES["torch"], "pyright", "nox")
     session.run("pyright")
 
 

@@ -39,7 +39,9 @@ COMPARED: set[tuple[str, str]] = set()
 # Every reason for which a test may be skipped; the run fails on any other.
 NO_STUDY = "the study extra is needed"
 NO_FRAMEWORK = "PyTorch and JAX are needed"
-SKIPS: tuple[str, ...] = () if WANTED == "all" else (NO_STUDY, NO_FRAMEWORK)
+NO_TORCH = "PyTorch is needed"
+NO_PEERS = "transformers and accelerate are needed"
+SKIPS: tuple[str, ...] = () if WANTED == "all" else (NO_STUDY, NO_FRAMEWORK, NO_TORCH, NO_PEERS)
 
 StrictArray = type(strict.asarray(0.0))
 HALF = {"float16", "bfloat16"}

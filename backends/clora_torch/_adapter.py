@@ -1,0 +1,565 @@
+"""The task life on a torch model: one adapter for all tasks, its memory, its protection, and going back."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+import clora_core as core
+from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, StateError, message
+
+from . import _merge, _penalty
+from ._layers import CHILD, Adapted, LayerAdapter, wide, widen
+from ._observe import Mask, observe
+from ._protect import Projection, Watch, unwrapped
+
+FACTORS = ("every-task", "first-task", "never")
+PENALTIES = ("drift", "orthogonality")
+
+
+class ContinualAdapter:
+    """All adapters of a model and what they remember; made by `attach`.
+
+    Attributes
+    ----------
+    model : torch.nn.Module
+    layers : dict of name to LayerAdapter
+        What learns; A and B of a head are None.
+    factors : str
+        When A and B learn.
+    tasks : list of str
+        Finished tasks, in order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: dict[str, LayerAdapter],
+        required_grad: dict[nn.Parameter, bool],
+        factors: str,
+        train_routing: bool,
+    ) -> None:
+        self.model, self.layers, self.factors, self.train_routing = model, layers, factors, train_routing
+        self.tasks: list[str] = []
+        self._required_grad = required_grad
+        self._open: str | None = None
+        self._observed: dict[str, Tensor] | None = None
+        self._unobserved: list[str] = []
+        self._snapshots: dict[str, dict[str, dict[str, Tensor]]] = {}
+        self._groups: list[_penalty.Group] = []
+        self._spans: dict[tuple[str, float], Tensor] = {}
+        self._energies: dict[Optimizer, dict[str, float]] = {}
+        self._projections: dict[Optimizer, Projection] = {}
+        self._watch = Watch(self._all(), self._stepped)
+        self._choose_trained()
+
+    def __repr__(self) -> str:
+        learned = sum(p.numel() for p in self.parameters())
+        lines = [f"{len(self.layers)} adapted layers, {learned:,} numbers learn (factors={self.factors!r}):"]
+        for name, part in self.layers.items():
+            shape = tuple(part.R_delta.shape)
+            lines.append(f"  {name}: " + (f"head {shape}" if part.A is None else f"rank {shape[-1]}"))
+        return "\n".join(lines)
+
+    # --- what learns -------------------------------------------------------------------------------------------
+
+    def _all(self) -> list[nn.Parameter]:
+        return [parameter for part in self.layers.values() for parameter in part.trained()]
+
+    def _choose_trained(self) -> None:
+        moving = self.factors == "every-task" or (self.factors == "first-task" and not self.tasks)
+        for part in self.layers.values():
+            head = part.A is None
+            part.R_delta.requires_grad_(head or self.train_routing)
+            for factor in () if head else (part.A, part.B):
+                factor.requires_grad_(moving)
+                if not moving:  # optimizers leave what has no gradient alone, whatever momentum they hold
+                    factor.grad = None
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What learns now, for an optimizer. The objects stay the same over all tasks."""
+        return [parameter for parameter in self._all() if parameter.requires_grad]
+
+    def state_bytes(self) -> int:
+        """Bytes to keep from task to task: adapters and second moments; base weights and snapshots left out."""
+        total = 0
+        for part in self.layers.values():
+            kept = [part.A, part.R_old, part.B, *(part.moments if self.factors != "every-task" else ())]
+            total += sum(array.nbytes for array in kept if array is not None)
+        return total
+
+    # --- life of a task ----------------------------------------------------------------------------------------
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[ContinualAdapter]:
+        """Begin a task, and end it on leaving; an exception inside leaves the adapter as it was before the task.
+
+        Optimizers then forget what they hold of the adapter's parameters, which may be what went wrong.
+        """
+        before = {n: {k: t.detach().clone() for k, t in part.state_dict().items()} for n, part in self.layers.items()}
+        self.begin_task(name)
+        try:
+            yield self
+            self.end_task()
+        except BaseException:
+            for n, part in self.layers.items():
+                part.load_state_dict(before[n])
+            self._watch.forget(self._all())
+            self._open, self._observed = None, None
+            self._choose_trained()
+            for parameter in self._all():
+                parameter.grad = None
+            raise
+
+    def begin_task(self, name: str) -> None:
+        """Fold what is in R_delta, start it from zero, clear its optimizer state, choose the protected directions."""
+        if self._open is not None:
+            raise _state("begin_task", f"task {self._open!r} is still open", "end_task() first")
+        if name in self._snapshots:
+            raise _state("begin_task", f"a task named {name!r} is finished already", "choose another name")
+        self._need_unmerged("begin_task")
+        if self.tasks:  # before the first task R_delta may hold the start itself, which must stay learnable
+            self._fold()
+        self._open, self._observed = name, None
+        self._prepare()
+
+    def _prepare(self) -> None:
+        """What is constant over the open task."""
+        self._choose_trained()
+        self._spans = {}
+        self._groups = _penalty.groups(self.layers) if self.tasks and self.factors != "every-task" else []
+        self._watch.forget(part.R_delta for part in self.layers.values())
+        self._choose_bases()
+
+    @torch.no_grad()
+    def _fold(self) -> None:
+        for part in self.layers.values():
+            folded = core.end_task(part.adapter, xp=xp)
+            part.R_old.copy_(folded.R_old)
+            part.R_delta.zero_()
+            part.R_delta.grad = None
+
+    def end_task(self) -> None:
+        """Fold R_delta, add what was observed to the memory, and keep a snapshot of the routing for `restore`."""
+        if self._open is None:
+            raise _state("end_task", "no task is open", "begin_task(name) first, or use `with adapter.task(name)`")
+        self._check_finite()
+        self._fold()
+        if self._observed is None:
+            self._unobserved.append(self._open)
+        else:
+            for name, part in self.layers.items():  # folded first: the memory holds the sum as rounded
+                new = core.record(part.moments, wide(part.adapter), self._observed[name], xp=xp)
+                part.S, part.P, part.q = new
+                part.recorded_versions = part.versions()
+        fields = ("A", "R_old", "B") if self.factors == "every-task" else ("R_old",)
+        self._snapshots[self._open] = {
+            name: {f: getattr(part, f).detach().clone() for f in fields if getattr(part, f) is not None}
+            for name, part in self.layers.items()
+        }
+        self.tasks.append(self._open)
+        self._open, self._observed = None, None
+        self._choose_trained()
+
+    def _check_finite(self) -> None:
+        for name, part in self.layers.items():
+            for field, array in zip(part.adapter._fields, part.adapter, strict=True):
+                if array is not None and not bool(torch.isfinite(array).all()):
+                    raise InvalidValueError(
+                        message(
+                            "clora_torch.end_task",
+                            f"{field} of layer {name!r} is not finite",
+                            got="NaN or infinity",
+                            needed="finite numbers",
+                            cause="a NaN loss, or a diverged training step",
+                            fix="lower the learning rate, check the data; `with adapter.task(...)` puts the state back",
+                        )
+                    )
+
+    def _stepped(self, optimizer: Optimizer) -> None:
+        self._observed = None
+        if optimizer in self._projections:
+            self._projections[optimizer]()
+
+    def observe(
+        self, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None, mask: Mask = None
+    ) -> None:
+        """Take the second moments of the open task's routed inputs, when its training is over.
+
+        Parameters
+        ----------
+        batches : iterable
+            A pass over the task's inputs: tensors, tuples or lists whose first item is the input, or mappings for
+            model(**batch). Tensors are moved to the adapter's device.
+        forward : callable(model, batch), optional
+            Another way to run the model on a batch.
+        mask : str or callable(batch), optional
+            Key of a mapping, or function, that gives the mask (batch, length) of positions to count; by default
+            "attention_mask" where a batch has it. Layers whose inputs have other leading axes count all rows.
+
+        Notes
+        -----
+        Runs in evaluation mode and puts every module's mode back. Sums in float64 where the device has it; over all
+        processes where torch.distributed is initialised. A training step after this makes it void.
+        """
+        if self._open is None:
+            raise _state("observe", "no task is open", "observe inside `with adapter.task(name)`, after training")
+        self._observed = observe(self.model, self.layers, batches, forward=forward, mask=mask)
+
+    # --- memory ------------------------------------------------------------------------------------------------
+
+    def _need_moments(self, verb: str) -> None:
+        if self.factors == "every-task":
+            raise _state(
+                verb,
+                "the factors learn in every task (factors='every-task'), so second moments are stale",
+                "attach with factors='first-task' or 'never'",
+            )
+        if self._unobserved:
+            raise MomentsIncomplete(
+                message(
+                    f"clora_torch.{verb}",
+                    "tasks were finished without being observed",
+                    got=f"no second moments of {', '.join(map(repr, self._unobserved))}",
+                    needed="observe(batches) before the end of every task",
+                    cause="observe left out, or a training step after it",
+                    fix="call adapter.observe(loader) as the last thing in the task",
+                )
+            )
+        for name, part in self.layers.items():
+            if part.recorded_versions not in (None, part.versions()):
+                raise _state(
+                    verb,
+                    f"A or B of layer {name!r} moved after tasks were recorded, so second moments are stale",
+                    "leave A and B alone after the first task; restore() brings back routings, not factors",
+                )
+
+    def drift(self, *, since: str = "task-ends") -> dict[str, float]:
+        """The forgetting meter of each layer, see `clora_core.drift`; in float64 where the device has it."""
+        self._need_moments("drift")
+        return {
+            name: float(core.drift(wide(part.adapter), part.moments, since=since, xp=xp))
+            for name, part in self.layers.items()
+        }
+
+    def penalty(
+        self, weight: float = 1.0, *, kind: str = "drift", head_weight: float | None = None, **options: Any
+    ) -> Tensor:
+        """A differentiable penalty to add to the loss.
+
+        Parameters
+        ----------
+        weight : float
+        kind : {"drift", "orthogonality"}
+            "drift": `clora_core.drift` with ``since="boundary"`` by default, heads included; 0 in the first task.
+            "orthogonality": eq. 26, `clora_core.orthogonality`, which says nothing of heads.
+        head_weight : float, optional
+            Weight for heads, by default ``weight``.
+        options
+            ``since`` for "drift"; ``form``, ``energy``, ``normalize`` for "orthogonality".
+
+        Returns
+        -------
+        tensor, shape (): the weighted sum over layers
+        """
+        if kind not in PENALTIES:
+            raise OptionError(
+                message(
+                    "clora_torch.penalty",
+                    "unknown kind",
+                    got=repr(kind),
+                    needed="one of " + ", ".join(map(repr, PENALTIES)),
+                    cause="a misspelt name",
+                    fix="pass one of the names listed",
+                )
+            )
+        if self._open is None:
+            raise _state("penalty", "no task is open", "call it inside `with adapter.task(name)`")
+        total = next(iter(self.layers.values())).R_delta.new_zeros(())
+        if kind == "orthogonality":
+            for name, part in self.layers.items():
+                if part.A is not None:
+                    adapter, form = self._old_span(name, part, **options)
+                    total = total + weight * core.orthogonality(adapter, **form, xp=xp).to(total.device)
+            return total
+        self._need_moments("penalty")
+        for group in self._groups:
+            scale = weight if head_weight is None or not group.head else head_weight
+            value = _penalty.drift(group, **{"since": "boundary", **options}).sum()
+            total = total + scale * value.to(total)
+        return total
+
+    def _old_span(
+        self, name: str, part: LayerAdapter, *, form: str = "basis", energy: float = 0.9, normalize: bool = False
+    ) -> tuple[core.Adapter, dict[str, Any]]:
+        """An adapter and options of equal penalty that need no decomposition at every step: R_old stays within a task.
+
+        ||Q^T R_delta||^2 with Q = U diag(w) is form "routing" of an adapter whose R_old is Q. U and w come from
+        R_old R_old^T, whose eigenvalues are the squared singular values of R_old.
+        """
+        assert part.A is not None
+        assert part.B is not None
+        adapter = core.Adapter(part.A.detach(), part.R_old, part.R_delta, part.B.detach())
+        if form != "basis" or normalize:
+            return adapter, {"form": form, "energy": energy, "normalize": normalize}
+        if (name, energy) not in self._spans:
+            R_old = widen(part.R_old)
+            basis = core.protected_basis(R_old @ R_old.T, energy=energy, xp=xp)
+            self._spans[name, energy] = (basis.U * basis.weights[None, :]).to(part.R_old.dtype)
+        return adapter._replace(R_old=self._spans[name, energy]), {"form": "routing"}
+
+    def protect(self, optimizer: Any, *, energy: float = 0.95, head_energy: float | None = None) -> None:
+        """Keep R_delta (and the heads' difference) out of the protected directions after every step of an optimizer.
+
+        The value is projected, R_delta (I - U diag(w) U^T), so nothing leaks whatever the optimizer does (momentum,
+        Adam, weight decay, foreach, fused). The directions hold ``energy`` of all recorded inputs (heads:
+        ``head_energy``, by default the same), see `clora_core.protected_basis`. A layer with no direction left is
+        reported by a warning when a task begins. Wrappers with an ``.optimizer`` (accelerate) are taken off.
+        """
+        self._need_moments("protect")
+        optimizer = unwrapped(optimizer)
+        if not self._watch.steps(optimizer):
+            raise _state(
+                "protect",
+                "the optimizer steps no parameter of this adapter",
+                "make it from adapter.parameters()",
+            )
+        head_energy = energy if head_energy is None else head_energy
+        energies = {n: head_energy if part.A is None else energy for n, part in self.layers.items()}
+        Projection(self.layers, energies)  # refuses a wrong energy now, not in a task
+        self._energies[optimizer] = energies
+        if self._open is not None:
+            self._choose_bases()
+
+    def _choose_bases(self) -> None:
+        self._projections = {}
+        if not self._energies or not self.tasks:
+            return
+        self._need_moments("protect")
+        for optimizer, energies in self._energies.items():
+            self._projections[optimizer] = Projection(self.layers, energies)
+        full = sorted({name for projection in self._projections.values() for name in projection.full})
+        if full:
+            warnings.warn(
+                f"no direction is left to learn in for {', '.join(full)}: all are needed to hold the protected share "
+                "of the recorded inputs; lower the energy or raise the rank",
+                stacklevel=4,
+            )
+
+    # --- going back --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def restore(self, name: str) -> None:
+        """The function as it was when task ``name`` ended: the same bits for the same batch, device and threads.
+
+        Covers adapters and heads. Buffers and parameters of the base model are not covered: running statistics of
+        BatchNorm, say, move in train mode. ``restore(adapter.tasks[-1])`` comes back to the present.
+        """
+        if self._open is not None:
+            raise _state("restore", f"task {self._open!r} is open", "end the task first")
+        self._need_unmerged("restore")
+        for n, fields in self._snapshot("restore", name).items():
+            part = self.layers[n]
+            for field, value in fields.items():
+                getattr(part, field).copy_(value)
+            part.R_delta.zero_()
+
+    def _snapshot(self, verb: str, name: str) -> dict[str, dict[str, Tensor]]:
+        if name not in self._snapshots:
+            raise _state(
+                verb,
+                f"there is no finished task {name!r} (finished: {', '.join(map(repr, self.tasks)) or 'none'})",
+                "pass the name of a finished task",
+            )
+        return self._snapshots[name]
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """The base model: no adapter, heads as they were at the start."""
+        self._need_unmerged("disabled")
+        try:
+            for part in self.layers.values():
+                part.enabled = False
+            yield
+        finally:
+            for part in self.layers.values():
+                part.enabled = True
+
+    @contextmanager
+    def rows(self, tasks: Sequence[str | None]) -> Iterator[None]:
+        """Each row of a batch by the routing of a task of its own; None is the base model.
+
+        Parameters
+        ----------
+        tasks : sequence of str or None
+            One finished task for each row (first axis) of the batches run inside.
+
+        Notes
+        -----
+        One x B^T and one A for the whole batch; in between, one r x r product per row with its task's routing.
+        """
+        if self.factors == "every-task":
+            raise _state(
+                "rows",
+                "tasks have different factors (factors='every-task'), so that no product can be shared",
+                "attach with factors='first-task' or 'never', or restore() one task after the other",
+            )
+        self._need_unmerged("rows")
+        names = list(dict.fromkeys(tasks))
+        snapshots = [None if name is None else self._snapshot("rows", name) for name in names]
+        index = torch.tensor([names.index(name) for name in tasks])
+        try:
+            for n, part in self.layers.items():
+                base = self._base_routing(n, part)
+                stack = torch.stack([base if s is None else s[n]["R_old"].to(base.device) for s in snapshots])
+                part.R_rows = stack[index.to(stack.device)]
+            yield
+        finally:
+            for part in self.layers.values():
+                part.R_rows = None
+
+    def _base_routing(self, name: str, part: LayerAdapter) -> Tensor:
+        if part.A is not None:
+            return torch.zeros_like(part.R_old)
+        module: Any = self.model.get_submodule(name)
+        columns = [module.weight] if module.bias is None else [module.weight, module.bias[:, None]]
+        return torch.cat([c.detach().to(part.R_old.dtype) for c in columns], dim=1)
+
+    # --- merging -----------------------------------------------------------------------------------------------
+
+    def _modules(self) -> dict[str, Any]:
+        return {n: m for n, m in self.model.named_modules() if isinstance(m, Adapted)}
+
+    @property
+    def merged(self) -> bool:
+        """True between `merge` and `unmerge`."""
+        return any(part.merged for part in self.layers.values())
+
+    def _need_unmerged(self, verb: str) -> None:
+        if self.merged:
+            raise _state(verb, "the adapters are merged into the weights", "unmerge() first")
+
+    def merge(self, *, on_loss: str = "warn", max_loss: float = 0.1) -> dict[str, core.MergeReport]:
+        """Merge every adapter into its weight, from the pristine weight and with one rounding.
+
+        Parameters
+        ----------
+        on_loss : {"warn", "raise", "ignore"}
+            What to do where the weight's precision loses more than ``max_loss`` of a layer's update.
+        max_loss : float
+            Relative error of the stored update.
+
+        Returns
+        -------
+        dict of layer name to MergeReport
+            What was kept; heads are merged without loss to report.
+
+        Notes
+        -----
+        The pristine Parameters are set aside as they are, on their device, and new ones take their places: that costs
+        the memory of the adapted weights once more, and leaves tied and shared weights alone. While merged, the model's
+        state_dict is that of the plain model. If anything raises, nothing has changed.
+        """
+        if self._open is not None:
+            raise _state("merge", f"task {self._open!r} is open", "end the task first")
+        if self.merged:
+            raise _state("merge", "the adapters are merged already", "unmerge() first")
+        names = {part: name for name, part in self.layers.items()}
+        return _merge.merge(self._modules(), names, on_loss=on_loss, max_loss=max_loss)
+
+    def unmerge(self) -> None:
+        """Put every pristine weight back: the same Parameters, so the same bits."""
+        if not self.merged:
+            raise _state("unmerge", "the adapters are not merged", "merge() first")
+        _merge.unmerge(self._modules())
+
+    def detach(self) -> nn.Module:
+        """Take the adapters off: the original model, its layers' classes, weights and requires_grad."""
+        if self.merged:
+            self.unmerge()
+        for module in self._modules().values():
+            module.__class__ = type(module)._clora_base
+            del module._modules[CHILD]
+        for parameter, flag in self._required_grad.items():
+            parameter.requires_grad_(flag)
+        self._watch.close()
+        return self.model
+
+    # --- saving ------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything of the adapter, an open task included, for torch.save; with the optimizer's state, work goes on.
+
+        The model's own state_dict holds the present adapter and memory, too, but neither tasks nor snapshots.
+        """
+        self._need_unmerged("state_dict")
+        return {
+            "format": "clora_torch/1",
+            "factors": self.factors,
+            "tasks": list(self.tasks),
+            "open": self._open,
+            "unobserved": list(self._unobserved),
+            "observed": self._observed,
+            "layers": {name: part.state_dict() for name, part in self.layers.items()},
+            "snapshots": self._snapshots,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, on a model attached in the same way. Call `protect` afterwards, if used."""
+        self._need_unmerged("load_state_dict")
+        self._check_state(state)
+        for name, part in self.layers.items():
+            part.load_state_dict(state["layers"][name])
+            part.recorded_versions = part.versions() if state["tasks"] else None
+        device = {name: part.R_delta.device for name, part in self.layers.items()}
+        self._snapshots = {
+            task: {n: {f: t.to(device[n]).clone() for f, t in fields.items()} for n, fields in layers.items()}
+            for task, layers in state["snapshots"].items()
+        }
+        self.tasks, self._unobserved = list(state["tasks"]), list(state["unobserved"])
+        self._open, self._observed = state["open"], state["observed"]
+        if self._open is None:
+            self._choose_trained()
+        else:
+            self._prepare()
+
+    def _check_state(self, state: Mapping[str, Any]) -> None:
+        def no(what: str, got: str, needed: str) -> StateError:
+            cause, fix = "another model, rank, targets or factors", "attach as the saved adapter was, then load"
+            return StateError(
+                message("clora_torch.load_state_dict", what, got=got, needed=needed, cause=cause, fix=fix)
+            )
+
+        if state.get("format") != "clora_torch/1":
+            raise no("this is no state of an adapter", repr(state.get("format")), "'clora_torch/1'")
+        if state["factors"] != self.factors:
+            raise no("another factors mode", repr(state["factors"]), repr(self.factors))
+        if set(state["layers"]) != set(self.layers):
+            strange = sorted(set(state["layers"]) ^ set(self.layers))
+            raise no("other layers", ", ".join(strange[:8]) + " in one of the two only", "the same layers")
+        for name, part in self.layers.items():
+            for key, value in part.state_dict().items():
+                got = tuple(state["layers"][name][key].shape)
+                if got != tuple(value.shape):
+                    raise no(f"{key} of {name!r} has another shape", str(got), str(tuple(value.shape)))
+
+
+def _state(verb: str, what: str, fix: str) -> StateError:
+    return StateError(
+        message(
+            f"clora_torch.{verb}",
+            what,
+            got="a call out of order",
+            needed="attach, begin_task, train, observe, end_task, in this order",
+            cause="a verb at the wrong moment of a task's life",
+            fix=fix,
+        )
+    )

@@ -1,0 +1,200 @@
+"""Putting adapters on a model's layers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import array_api_compat.torch as xp
+import numpy as np
+import torch
+from torch import nn
+
+import clora_core as core
+from clora_core.errors import OptionError, RankError, message
+
+from ._adapter import FACTORS, ContinualAdapter
+from ._layers import CHILD, HALF, LayerAdapter, adapted_type, kind_of, matrix, refuse, sizes
+from ._targets import Pattern, Target, find, listed, matches
+
+log = logging.getLogger("clora_torch")
+
+
+def attach(
+    model: nn.Module,
+    *,
+    rank: int,
+    targets: Pattern | Iterable[Pattern] = "all-linear",
+    exclude: Pattern | Iterable[Pattern] = (),
+    ranks: Mapping[Pattern, int] | None = None,
+    heads: Pattern | Iterable[Pattern] = (),
+    factors: str = "first-task",
+    scheme: str = "orthonormal",
+    scale: float = 1.0,
+    stop_old: bool = True,
+    train_routing: bool = True,
+    dropout: float = 0.0,
+    seed: int | np.random.Generator | None = None,
+) -> ContinualAdapter:
+    """Give layers of a model a C-LoRA adapter each. The function does not change; everything else is frozen.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Loaded, on any device. Its layers stay the same objects with the same weights; `ContinualAdapter.detach` puts
+        everything back.
+    rank : int
+        1 <= rank <= min(d_out, d_in) of every matched layer.
+    targets : str, compiled regex, or several
+        A name, the end of a name at a dot ("query"), a glob ("encoder.*.query"), a compiled regex (searched), or
+        "all-linear" (all linear layers but the output layer). "c_attn[q]", "c_attn[0:768]" is one part of a fused
+        projection. Linear, transformers' Conv1D, Embedding, Conv1d to Conv3d.
+    exclude : the same
+        Taken out of targets.
+    ranks : mapping of pattern to int, optional
+        Other ranks for some layers; the last pattern that matches counts.
+    heads : the same as targets
+        Linear classifiers that learn as frozen value plus trained difference, and are protected like the adapters.
+    factors : {"first-task", "every-task", "never"}
+        When A and B learn. "every-task" is the paper; then second moments would be stale, so `drift`, `protect`, `rows`
+        and the drift penalty raise.
+    scheme : {"orthonormal", "lora", "svd"}
+        Start of the factors, see `clora_core.init_adapter`.
+    scale : float
+        alpha / r in LoRA's terms, folded into A.
+    stop_old : bool
+        A and B learn through R_delta alone (eqs. 11-12 of arXiv:2502.17920).
+    train_routing : bool
+        False with ``factors="every-task", scheme="lora", stop_old=False`` is plain LoRA: R stays the identity.
+    dropout : float in [0, 1)
+        On the routed inputs u (n x r), while training.
+    seed : int or numpy.random.Generator, optional
+        Source of the factors; by default drawn from torch's generator, so that torch.manual_seed rules.
+
+    Returns
+    -------
+    ContinualAdapter
+        Its ``print`` says what was matched, as does the logger "clora_torch" at level INFO.
+
+    Raises
+    ------
+    OptionError
+        An unknown option; a target that matches nothing (near names are listed); a layer that can't be adapted, with
+        the reason (tied weights can: the adapter belongs to the matched layer alone).
+    StateError
+        A layer that has an adapter already, or whose weight is not loaded.
+    RankError
+        A rank that does not fit a layer.
+    """
+    _check(factors, scheme, train_routing, dropout)
+    modules = dict(model.named_modules())
+    heads = {n for n, m in modules.items() if isinstance(m, nn.Linear) and any(matches(n, p) for p in listed(heads))}
+    found = find(model, targets, rank=rank, ranks=ranks or {}, exclude=exclude, heads=heads) if targets else []
+    for name in sorted({t.name for t in found} | heads):
+        refuse(name, modules[name], modules.get(name.rpartition(".")[0]))
+    if seed is None:
+        seed = int(torch.randint(2**62, ()).item())
+    rng = np.random.default_rng(seed)
+    parts = {t: _part(t, modules[t.name], rng, scheme, scale, stop_old, dropout) for t in found}
+
+    frozen = {p: p.requires_grad for p in model.parameters()}
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    layers: dict[str, LayerAdapter] = {}
+    for target, part in parts.items():
+        module: Any = modules[target.name]
+        if CHILD not in module._modules:
+            module.__class__ = adapted_type("linear" if target.rows else _kind(module), type(module))
+            module.add_module(CHILD, nn.ModuleDict() if target.rows else part)
+        if target.rows:
+            module._modules[CHILD].add_module(f"{target.rows[0]}:{target.rows[1]}", part)
+        layers[str(target)] = part
+    for name in modules:
+        if name in heads:
+            layers[name] = head(modules[name])
+    adapter = ContinualAdapter(model, layers, frozen, factors, train_routing)
+    log.info("%s", adapter)
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in modules.values()):
+        log.warning(
+            "the model has BatchNorm layers: their running statistics move in train mode, and restore() does not bring "
+            "them back; put them in eval mode while training"
+        )
+    return adapter
+
+
+def head(module: Any) -> LayerAdapter:
+    """Turn a linear layer into a head that remembers."""
+    W, bias = module.weight.detach(), module.bias
+    wide = W.float() if W.dtype in HALF else W
+    V = wide.clone() if bias is None else torch.cat([wide, bias.detach().to(wide.dtype)[:, None]], dim=1)
+    part = LayerAdapter(core.Adapter(None, V, torch.zeros_like(V), None))
+    module.__class__ = adapted_type("head", type(module))
+    module.add_module(CHILD, part)
+    return part
+
+
+def _kind(module: nn.Module) -> str:
+    kind = kind_of(module)
+    assert kind is not None
+    return kind
+
+
+def _part(
+    target: Target,
+    module: nn.Module,
+    rng: np.random.Generator,
+    scheme: str,
+    scale: float,
+    stop_old: bool,
+    dropout: float,
+) -> LayerAdapter:
+    d_out, d_in = sizes(module)
+    weight: Any = module.weight
+    W = None
+    if weight.is_floating_point():
+        W = matrix(module).detach()
+        W = W.float() if W.dtype in HALF else W
+        W = W if target.rows is None else W[slice(*target.rows)]
+    d_out = d_out if target.rows is None else target.rows[1] - target.rows[0]
+    if not 1 <= target.rank <= min(d_out, d_in):
+        raise RankError(
+            message(
+                "clora_torch.attach",
+                f"the rank does not fit layer {str(target)!r}",
+                got=f"rank={target.rank} for d_out={d_out}, d_in={d_in}",
+                needed=f"1 <= rank <= {min(d_out, d_in)}",
+                cause="one rank for all layers, with a small layer (a classifier) among them",
+                fix="give it a rank of its own (ranks=), leave it out (exclude=), or make it a head (heads=)",
+            )
+        )
+    like = {"dtype": torch.float32 if W is None else W.dtype, "device": weight.device}
+    adapter = core.init_adapter(rng, d_out, d_in, target.rank, scheme=scheme, W=W, **like, xp=xp)
+    return LayerAdapter(adapter._replace(A=scale * adapter.A), rows=target.rows, stop_old=stop_old, dropout=dropout)
+
+
+def _check(factors: str, scheme: str, train_routing: bool, dropout: float) -> None:
+    def no(what: str, got: str, needed: str, cause: str, fix: str) -> OptionError:
+        return OptionError(message("clora_torch.attach", what, got=got, needed=needed, cause=cause, fix=fix))
+
+    if factors not in FACTORS:
+        names = "one of " + ", ".join(map(repr, FACTORS))
+        raise no("unknown factors mode", repr(factors), names, "a misspelt name", "pass one of the names listed")
+    if not train_routing and factors != "every-task":
+        raise no(
+            "nothing would learn after the first task",
+            f"train_routing=False, factors={factors!r}",
+            "factors='every-task' where the routing does not learn",
+            "plain LoRA asked for with frozen factors",
+            "pass factors='every-task', or let the routing learn",
+        )
+    if scheme == "lora" and factors == "never":
+        raise no(
+            "nothing could ever learn",
+            "scheme='lora', factors='never'",
+            "factors that are not zero",
+            "A = 0 stays 0 where factors do not learn, and R_delta has no gradient through it",
+            "pass scheme='orthonormal' or 'svd', or let the factors learn",
+        )
+    if not 0.0 <= dropout < 1.0:
+        raise no("dropout is no probability", repr(dropout), "0 <= dropout < 1", "a percentage", "pass for example 0.1")

@@ -1,0 +1,418 @@
+"""What attach puts on a layer: the adapter's own arrays, and a subclass of the layer's class that uses them.
+
+A layer keeps its identity, its weight and the names of its parameters; only its class is exchanged, as
+torch.nn.utils.parametrize and fully_shard do. Nothing of tasks lives here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import array_api_compat.torch as xp
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import clora_core as core
+from clora_core.errors import DTypeError, OptionError, StateError, message
+
+from ._function import adapted_linear, routed
+
+CHILD = "clora"
+_Module: Any = nn.Module if TYPE_CHECKING else object  # mixed in before a class that is one
+HALF = (torch.float16, torch.bfloat16)
+
+
+class LayerAdapter(nn.Module):
+    """The arrays of one adapter and of its memory; a child of the layer, so that they move and are saved with it.
+
+    Attributes
+    ----------
+    A, R_delta, B : Parameter
+        A and B are None for a head (identity factors).
+    R_old, S, P, q : buffers
+        The past, and `clora_core.Moments`, in float64 where the device has it.
+    rows : (int, int) or None
+        The rows of the weight that are adapted, for one part of a fused projection.
+    """
+
+    A: Any
+    B: Any
+    R_delta: nn.Parameter
+    R_old: Tensor
+    S: Tensor
+    P: Tensor
+    q: Tensor
+
+    def __init__(
+        self, adapter: core.Adapter, *, rows: tuple[int, int] | None = None, stop_old: bool = True, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        A, R_old, R_delta, B = adapter
+        self.A = None if A is None else nn.Parameter(A)
+        self.B = None if B is None else nn.Parameter(B)
+        self.R_delta = nn.Parameter(R_delta)
+        self.register_buffer("R_old", R_old.clone())  # a start of zeros may be one array for both routings
+        for name, array in zip(core.Moments._fields, core.empty_moments(wide(adapter), xp=xp), strict=True):
+            self.register_buffer(name, array)
+        self.rows, self.stop_old, self.dropout = rows, stop_old, dropout
+        self.enabled = True
+        self.R_rows: Tensor | None = None  # one routing for each row of the batch, while `rows(...)` is open
+        self.seen: tuple[Tensor, Tensor] | None = None  # sum of u u^T and of weights, while observing
+        self.mask: Tensor | None = None
+        self.recorded_versions: tuple[int, ...] | None = None
+        self.merged = False
+        # nn.TransformerEncoderLayer's fused inference reads weights past their modules unless something has a hook.
+        self.register_forward_pre_hook(_no_hook)
+
+    @property
+    def adapter(self) -> core.Adapter:
+        """The four arrays."""
+        return core.Adapter(self.A, self.R_old, self.R_delta, self.B)
+
+    @property
+    def moments(self) -> core.Moments:
+        """The memory."""
+        return core.Moments(self.S, self.P, self.q)
+
+    def trained(self) -> list[nn.Parameter]:
+        """Parameters that are not None."""
+        return [p for p in (self.A, self.R_delta, self.B) if p is not None]
+
+    def versions(self) -> tuple[int, ...]:
+        """Changes whenever a factor is written to."""
+        return tuple(factor._version for factor in (self.A, self.B) if factor is not None)
+
+    def observe(self, u: Tensor) -> None:
+        """Add the rows u (..., r) to the open observation."""
+        assert self.seen is not None
+        total, count = self.seen
+        flat = widen(u.reshape(-1, u.shape[-1]))
+        weights = None
+        if self.mask is not None and self.mask.shape == u.shape[:-1]:
+            weights = self.mask.reshape(-1).to(flat.dtype)
+        n = flat.new_tensor(float(flat.shape[0])) if weights is None else weights.sum()
+        C = core.second_moment(flat, weights=weights, xp=xp)
+        self.seen = (total + n * C, count + n)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> LayerAdapter:
+        """Moves follow the model; casts to half precision and casts of the memory do not."""
+        memory = {id(array) for array in self.moments}
+
+        def move(t: Tensor) -> Tensor:
+            out = fn(t)
+            if out.dtype != t.dtype and (out.dtype in HALF or id(t) in memory):
+                return t.to(out.device)
+            return out
+
+        return super()._apply(move, recurse)
+
+    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if not self.merged:  # a merged model's state is that of the plain model
+            super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        if self.merged:
+            raise StateError(
+                message(
+                    "clora_torch.load_state_dict",
+                    "the adapters are merged into the weights",
+                    got="a load into a merged model",
+                    needed="an unmerged model",
+                    cause="merge() without unmerge()",
+                    fix="call adapter.unmerge() first",
+                )
+            )
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.recorded_versions is not None:  # factors and memory came together
+            self.recorded_versions = self.versions()
+
+
+def _no_hook(module: nn.Module, args: Any) -> None:
+    """Only its presence matters."""
+
+
+def widen(array: Tensor) -> Tensor:
+    """float64, or the array itself on a device that has none."""
+    return array if array.device.type == "mps" else array.to(torch.float64)
+
+
+def wide(adapter: core.Adapter) -> core.Adapter:
+    """The adapter's values in float64 where there is one, without their history."""
+    return core.Adapter(*(None if array is None else widen(array.detach()) for array in adapter))
+
+
+class Adapted(_Module):
+    """Mixin of every class that attach makes. The adapters are children named "clora"."""
+
+    _clora_kind: ClassVar[str]
+    _clora_base: ClassVar[Any]
+    bias: Any
+    _clora_pristine: dict[str, nn.Parameter] | None = None  # the layer's own Parameters while merged
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return (_rebuild, (type(self)._clora_kind, type(self)._clora_base), *rest)
+
+    def parts(self) -> list[LayerAdapter]:
+        """The adapters of this layer: one, or one for each adapted part of a fused projection."""
+        child: Any = self._modules[CHILD]
+        return [child] if isinstance(child, LayerAdapter) else list(child.values())
+
+    def active(self, x: Tensor) -> list[LayerAdapter]:
+        """The adapters to apply in this forward pass."""
+        if self._clora_pristine is not None:
+            return []
+        parts = [part for part in self.parts() if part.enabled]
+        for part in parts:
+            if part.R_delta.device != x.device:
+                raise StateError(
+                    message(
+                        f"clora_torch.{type(self).__name__}",
+                        "input and adapter are on different devices",
+                        got=f"input on {x.device}, adapter on {part.R_delta.device}",
+                        needed="one device",
+                        cause="the batch, or a part of the model, was not moved",
+                        fix="call model.to(device) after attach, and move the batch",
+                    )
+                )
+        return parts
+
+
+def _rows_error(got: int, needed: int) -> StateError:
+    return StateError(
+        message(
+            "clora_torch.rows",
+            "the batch has another number of rows than rows(...) names",
+            got=f"{got} rows",
+            needed=f"{needed}, one task name for each",
+            cause="a batch of another size, or a model that reshapes the batch before this layer",
+            fix="name a task for every row of the batch",
+        )
+    )
+
+
+def update_of(down: Any, x: Tensor, part: LayerAdapter) -> Tensor:
+    """What one adapter adds to its layer's output, channels last; see `routed`. Keeps u if it is being observed."""
+    if part.seen is not None:
+        with torch.no_grad():
+            part.observe(down(x, part.B))
+    if part.R_rows is None:
+        drop = part.dropout if part.training else 0.0
+        return routed(down, x, part.adapter, stop_old=part.stop_old, dropout=drop)
+    u = down(x, part.B)
+    if u.shape[0] != part.R_rows.shape[0]:
+        raise _rows_error(u.shape[0], part.R_rows.shape[0])
+    return (u.reshape(u.shape[0], -1, u.shape[-1]) @ part.R_rows.mT).reshape(u.shape) @ part.A.T
+
+
+class AdaptedLinear(Adapted):
+    """nn.Linear, and transformers' Conv1D whose weight is stored transposed."""
+
+    _clora_kind = "linear"
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The layer's output with the adapter's part."""
+        parts = self.active(x)
+        base = type(self)._clora_base
+        if not parts:
+            return super().forward(x, *args, **kwargs)
+        part = parts[0]
+        fast = is_conv1d(base) or base.forward is nn.Linear.forward
+        if fast and part.rows is None and part.seen is None and part.R_rows is None:
+            W = matrix(self)
+            drop = part.dropout if part.training else 0.0
+            return adapted_linear(x, W, self.bias, part.adapter, stop_old=part.stop_old, dropout=drop)
+        y = super().forward(x, *args, **kwargs)
+        for part in parts:
+            with torch.autocast(x.device.type, enabled=False):
+                update = update_of(functional.linear, x.to(part.B.dtype), part).to(y.dtype)
+            if part.rows is not None:
+                before, own, after = y.tensor_split(part.rows, dim=-1)
+                y = torch.cat([before, own + update, after], dim=-1)
+            else:
+                y = y + update
+        return y
+
+
+class AdaptedEmbedding(Adapted):
+    """nn.Embedding as a linear layer of one-hot rows: u are columns of B."""
+
+    _clora_kind = "embedding"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The embedding with the adapter's part."""
+        parts = self.active(x)
+        y = super().forward(x)
+        for part in parts:
+            y = y + update_of(_lookup, x, part).to(y.dtype)
+        return y
+
+
+def _lookup(x: Tensor, B: Tensor) -> Tensor:
+    return functional.embedding(x, B.T)
+
+
+class AdaptedConv(Adapted):
+    """nn.Conv1d, 2d, 3d without groups: B is a convolution to r channels, A R a 1 x 1 convolution after it."""
+
+    _clora_kind = "conv"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The convolution with the adapter's part."""
+        parts = self.active(x)
+        y = super().forward(x)
+        channel = -len(self.kernel_size) - 1
+
+        def down(x: Tensor, B: Tensor) -> Tensor:
+            kernel = B.reshape(B.shape[0], *self.weight.shape[1:])
+            return self._conv_forward(x, kernel, None).movedim(channel, -1)
+
+        for part in parts:
+            with torch.autocast(x.device.type, enabled=False):
+                update = update_of(down, x.to(part.B.dtype), part)
+            y = y + update.movedim(-1, channel).to(y.dtype)
+        return y
+
+
+class AdaptedHead(Adapted):
+    """A linear classifier that remembers: frozen value plus trained difference, [x, 1] (R_old + R_delta)^T."""
+
+    _clora_kind = "head"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits."""
+        parts = self.active(x)
+        if not parts:
+            return super().forward(x)
+        part = parts[0]
+        biased = self.bias is not None
+        if part.seen is None and part.R_rows is None:
+            V = (part.R_old + part.R_delta).to(x.dtype)
+            return functional.linear(x, V[:, :-1], V[:, -1]) if biased else functional.linear(x, V)
+        rows = functional.pad(x, (0, 1), value=1.0) if biased else x
+        if part.R_rows is None:
+            part.observe(rows)
+            return functional.linear(rows, (part.R_old + part.R_delta).to(x.dtype))
+        V = part.R_rows.to(x.dtype)
+        if x.shape[0] != V.shape[0]:
+            raise _rows_error(x.shape[0], V.shape[0])
+        return (rows.reshape(x.shape[0], -1, V.shape[-1]) @ V.mT).reshape(*x.shape[:-1], V.shape[1])
+
+
+KINDS: dict[str, type[Adapted]] = {
+    kind._clora_kind: kind for kind in (AdaptedLinear, AdaptedEmbedding, AdaptedConv, AdaptedHead)
+}
+_TYPES: dict[tuple[str, type], type] = {}
+
+
+def adapted_type(kind: str, base: type[nn.Module]) -> type:
+    """The subclass of ``base`` that applies adapters of that kind; one for each base."""
+    if (kind, base) not in _TYPES:
+        name = f"Adapted{base.__name__}"
+        _TYPES[kind, base] = type(
+            name, (KINDS[kind], base), {"_clora_base": base, "__module__": __name__, "__qualname__": name}
+        )
+    return _TYPES[kind, base]
+
+
+def _rebuild(kind: str, base: type[nn.Module]) -> nn.Module:
+    """For pickle and deepcopy: classes made here have no importable name."""
+    cls: Any = adapted_type(kind, base)
+    return cls.__new__(cls)
+
+
+def is_conv1d(cls: type) -> bool:
+    """transformers' Conv1D, told by name so that transformers is never imported."""
+    return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers") for c in cls.__mro__)
+
+
+def kind_of(module: Any) -> str | None:
+    """The kind of adapter a module takes, or None."""
+    if isinstance(module, nn.Linear) or is_conv1d(type(module)):
+        return "linear"
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    return "conv" if convolution else None
+
+
+def refuse(name: str, module: Any, parent: nn.Module | None) -> None:
+    """Raise where an adapter would be ignored or wrong, with the reason."""
+
+    def no(reason: str, fix: str, error: type[Exception] = OptionError) -> Exception:
+        got = f"{type(module).__module__}.{type(module).__qualname__}"
+        text = message(
+            "clora_torch.attach",
+            f"layer {name!r} can't be adapted",
+            got=got,
+            needed="Linear, transformers' Conv1D, Embedding or Conv1d to Conv3d, with a floating weight of its own",
+            cause=reason,
+            fix=fix,
+        )
+        return error(text)
+
+    if isinstance(module, Adapted):
+        raise StateError(
+            message(
+                "clora_torch.attach",
+                f"layer {name!r} has an adapter already",
+                got="a second attach",
+                needed="a layer without adapter",
+                cause="attach called twice on one model",
+                fix="use the adapter that the first attach returned, or call its detach() first",
+            )
+        )
+    if kind_of(module) is None:
+        raise no("a layer of another type", "leave it out of targets")
+    if isinstance(parent, nn.MultiheadAttention):
+        raise no(
+            "nn.MultiheadAttention reads the weights of its projections without calling them",
+            "leave it out, or use an attention written with nn.Linear",
+        )
+    weight = module.weight
+    if not isinstance(weight, Tensor) or weight.device.type == "meta":
+        raise no("the weight is not loaded yet (device meta)", "attach after loading the weights", StateError)
+    if not weight.is_floating_point() and hasattr(module, "quant_state"):
+        return
+    if type(weight) not in (Tensor, nn.Parameter) and not _quantised(module):
+        raise no(
+            f"the weight is a {type(weight).__name__}: a quantised or sharded tensor whose values are not its own",
+            "attach before quantising or sharding",
+        )
+    if not (weight.is_floating_point() or _quantised(module)):
+        raise no(f"the weight is {weight.dtype}", "attach to the unquantised model", DTypeError)
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        raise no("max_norm rewrites the frozen weight at every call", "load the embedding with max_norm=None")
+    if getattr(module, "groups", 1) != 1:
+        raise no("a grouped convolution has no weight matrix of its own", "leave it out of targets")
+
+
+def _quantised(module: Any) -> bool:
+    """bitsandbytes' linear layers: subclasses of nn.Linear that multiply by what they unpack themselves."""
+    return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes")
+
+
+def matrix(module: Any) -> Tensor:
+    """The weight as the matrix W (d_out, d_in) that A R B is added to, a view."""
+    W = module.weight
+    kind = kind_of(module)
+    if kind == "embedding" or is_conv1d(type(module)):
+        return W.T
+    return W.flatten(1) if kind == "conv" else W
+
+
+def sizes(module: Any) -> tuple[int, int]:
+    """d_out and d_in of `matrix`."""
+    if _quantised(module):
+        return module.out_features, module.in_features
+    d_out, d_in = matrix(module).shape
+    return d_out, d_in
+
+
+def set_matrix(module: Any, W: Tensor) -> Tensor:
+    """`matrix` turned back to the layout of the weight, contiguous."""
+    kind = kind_of(module)
+    if kind == "embedding" or is_conv1d(type(module)):
+        return W.T.contiguous()
+    return W.reshape(module.weight.shape).contiguous()

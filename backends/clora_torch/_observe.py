@@ -1,0 +1,137 @@
+"""One pass over a task's data, which leaves an r x r second moment of routed inputs for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from clora_core.errors import InvalidValueError, OptionError, StateError, message
+
+from ._layers import LayerAdapter, widen
+
+Mask = str | Callable[[Any], Tensor] | None
+
+
+def observe(
+    model: nn.Module,
+    layers: Mapping[str, LayerAdapter],
+    batches: Iterable[Any],
+    *,
+    forward: Callable[[nn.Module, Any], Any] | None,
+    mask: Mask,
+) -> dict[str, Tensor]:
+    """Second moments C of every layer; see `ContinualAdapter.observe`."""
+    device = next(iter(layers.values())).R_delta.device
+    count = 0
+    with _watching(model, layers.values()):
+        for batch in batches:
+            batch = moved(batch, device)
+            rows = _mask(batch, mask)
+            for part in layers.values():
+                part.mask = rows
+            (forward or call)(model, batch)
+            count += 1
+        sums = {name: part.seen for name, part in layers.items()}
+    if not count:
+        raise StateError(
+            message(
+                "clora_torch.observe",
+                "there was no data to observe",
+                got="no batch",
+                needed="at least one batch of the task's inputs",
+                cause="an exhausted generator: one that training ran through is empty",
+                fix="pass a DataLoader or a list, which can be run through again",
+            )
+        )
+    return {name: _mean(name, *seen) for name, seen in sums.items() if seen is not None}
+
+
+@contextmanager
+def _watching(model: nn.Module, parts: Iterable[LayerAdapter]) -> Iterator[None]:
+    """Evaluation mode, no gradients, sums at zero; every module's mode is put back."""
+    parts = list(parts)
+    modes = {module: module.training for module in model.modules()}
+    for part in parts:
+        r = part.R_delta.shape[-1]
+        zero = widen(torch.zeros((r, r), device=part.R_delta.device))
+        part.seen = (zero, zero.new_zeros(()))
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for part in parts:
+            part.seen = part.mask = None
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _mean(name: str, total: Tensor, count: Tensor) -> Tensor:
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        distributed.all_reduce(total)
+        distributed.all_reduce(count)
+    if not bool(count > 0):
+        raise StateError(
+            message(
+                "clora_torch.observe",
+                f"layer {name!r} saw no data",
+                got="no row",
+                needed="at least one row of input that the mask keeps",
+                cause="a layer that the forward pass leaves out, or a mask of zeros",
+                fix="pass forward=, a function (model, batch) that runs the layer, or leave the layer out of targets",
+            )
+        )
+    C = total / count
+    if not bool(torch.isfinite(C).all()):
+        raise InvalidValueError(
+            message(
+                "clora_torch.observe",
+                f"the inputs of layer {name!r} are not finite",
+                got="NaN or infinity",
+                needed="finite numbers",
+                cause="a diverged model, or data with NaN",
+                fix="check the data and the learning rate; nothing was recorded",
+            )
+        )
+    return C
+
+
+def call(model: nn.Module, batch: Any) -> Any:
+    """The forward pass a batch stands for: model(**mapping), model(first of a tuple), or model(tensor)."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+
+
+def moved(batch: Any, device: torch.device) -> Any:
+    """The batch with its tensors on the device."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: moved(value, device) for key, value in batch.items()}
+    if isinstance(batch, tuple | list):
+        return [moved(value, device) for value in batch]
+    return batch
+
+
+def _mask(batch: Any, mask: Mask) -> Tensor | None:
+    if callable(mask):
+        return mask(batch)
+    if isinstance(mask, str):
+        if not isinstance(batch, Mapping) or mask not in batch:
+            raise OptionError(
+                message(
+                    "clora_torch.observe",
+                    "a batch lacks the mask",
+                    got=f"mask={mask!r}, " + (f"keys {list(batch)}" if isinstance(batch, Mapping) else "no mapping"),
+                    needed="mappings that hold it, or a function of the batch",
+                    cause="another name for the mask",
+                    fix="pass the mask's key, or mask=lambda batch: ...",
+                )
+            )
+        return batch[mask]
+    return batch.get("attention_mask") if isinstance(batch, Mapping) else None
