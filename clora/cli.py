@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from clora_core.errors import CloraError
+from clora_core.errors import CloraError, MissingDependencyError
 
 STUDY = {"sklearn": "scikit-learn", "mlxtend": "mlxtend", "matplotlib": "matplotlib", "platformdirs": "platformdirs"}
 
@@ -49,7 +49,7 @@ def demo(
     tasks: Annotated[int, typer.Option(min=1, help="Tasks in the stream.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of data split, permutations, start and batches.")] = 0,
     rank: Annotated[int, typer.Option(help="Rank r of the adapters, 1 to 256.")] = 64,
-    backend: Annotated[str, typer.Option(help="Array library that trains: numpy.")] = "numpy",
+    backend: Annotated[str, typer.Option(help="Array library that trains: numpy or torch.")] = "numpy",
     method: Annotated[
         list[str] | None, typer.Option(help="Only this method; repeat for several. Default: all.")
     ] = None,
@@ -78,6 +78,9 @@ def demo(
         raise typer.Exit(1)
     try:
         code = _demo(tasks, seed, rank, backend, method, out, json, quick)
+    except MissingDependencyError as error:
+        messages.print(str(error), style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from error
     except CloraError as error:
         messages.print(str(error), style="red", markup=False, soft_wrap=True)
         raise typer.Exit(2) from error
@@ -87,7 +90,7 @@ def demo(
 def _demo(
     tasks: int, seed: int, rank: int, backend: str, names: list[str] | None, out: Path, json: bool, quick: bool
 ) -> int:
-    from . import methods, report, study, suites
+    from . import methods, report, study, suites, trainers
 
     chosen = {name: methods.get_method(name) for name in (names or methods.DEMO)}
     tasks, size = (min(tasks, 4), 1000) if quick else (tasks, 4000)
@@ -97,6 +100,8 @@ def _demo(
     backbone, cached = suites.load_backbone()
     if not cached and not json:
         messages.print("Pre-trained the backbone on scikit-learn's digits; it is kept for the next time.")
+    for method in chosen.values():  # a rank that does not fit is told before anything is trained
+        trainers.trainer(backend, method, backbone, rank=rank, seed=seed)
     result = study.new_result(
         suite="permuted-mnist",
         tasks=tasks,
@@ -106,8 +111,6 @@ def _demo(
         command=shlex.join(["clora", *sys.argv[1:]]),
         backbone=backbone,
     )
-    for method in chosen.values():  # a rank that does not fit is told before anything is trained
-        methods.build(method, backbone, rank=rank, seed=seed)
     interrupted = False
     try:
         _train_all(result, chosen, backbone, stream)

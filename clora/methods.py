@@ -9,25 +9,22 @@ from typing import Any
 
 import numpy as np
 
-import clora_core as core
-import clora_numpy
 from clora_core.errors import OptionError, message
 
 from .suites import Backbone, Task
-
-CLASSES = 10
+from .trainers import Trainer, trainer
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method as settings of the NumPy backend; docs/demo.md tells how they were chosen.
+    """A method as settings of a backend; docs/demo.md tells how they were chosen.
 
     Attributes
     ----------
     title, summary : str
         For people.
     factors, scheme, scale, stop_old, train_routing
-        As in `clora_numpy.attach`.
+        As in the backend's `attach`.
     lr : float
         Learning rate, falling to 0 over each task along half a cosine.
     optimizer : {"adam", "sgd"}
@@ -129,29 +126,6 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def build(method: Method, backbone: Backbone, *, rank: int, seed: int) -> clora_numpy.ContinualAdapter:
-    """The backbone with adapters on both hidden layers and a shared head that starts at zero."""
-    network = clora_numpy.Network(
-        {
-            "hidden-1": clora_numpy.Layer(backbone.W1, backbone.b1),
-            "relu-1": clora_numpy.Relu(),
-            "hidden-2": clora_numpy.Layer(backbone.W2, backbone.b2),
-            "relu-2": clora_numpy.Relu(),
-            "head": clora_numpy.Head(np.zeros((CLASSES, backbone.W2.shape[0]), np.float32)),
-        }
-    )
-    return clora_numpy.attach(
-        network,
-        rank=rank,
-        rng=np.random.default_rng([seed, 2]),
-        factors=method.factors,
-        scheme=method.scheme,
-        scale=method.scale,
-        stop_old=method.stop_old,
-        train_routing=method.train_routing,
-    )
-
-
 def steps_per_task(method: Method, task: Task) -> int:
     """Optimizer steps one task takes."""
     return method.epochs * -(-len(task.y_train) // method.batch)
@@ -162,6 +136,7 @@ def train(
     backbone: Backbone,
     stream: list[Task],
     *,
+    backend: str = "numpy",
     rank: int,
     seed: int,
     on_step: Callable[[], None] = lambda: None,
@@ -175,49 +150,31 @@ def train(
         observing, evaluation left out), ``drift`` (per layer; empty where the method has no memory), ``spectrum``
         (singular values of R per layer).
     """
-    adapter = build(method, backbone, rank=rank, seed=seed)
-    network = adapter.network
-    lr = clora_numpy.cosine(method.lr, steps_per_task(method, stream[0]))
-    rule = clora_numpy.adam(lr) if method.optimizer == "adam" else clora_numpy.sgd(lr, momentum=0.9)
-    optimizer = clora_numpy.Optimizer(adapter, rule)
+    trained = trainer(backend, method, backbone, rank=rank, seed=seed)
     remembers = method.factors != "every-task"
-    if method.energy is not None:
-        adapter.protect(optimizer, energy=method.energy, head_energy=method.head_energy)
     rng = np.random.default_rng([seed, 3])
     for task in stream:
         start = time.perf_counter()
-        optimizer.state = {}  # each task starts afresh, the schedule included
-        with adapter.task(task.name):
-            parameters = sum(array.size for array in adapter.parameters().values())
+        trained.begin(steps_per_task(method, task))
+        with trained.task(task.name):
+            parameters = trained.parameters()
             for _ in range(method.epochs):
                 order = rng.permutation(len(task.y_train))
                 for rows in np.split(order, range(method.batch, len(order), method.batch)):
-                    _, grad = clora_numpy.cross_entropy(
-                        network.forward(task.x_train[rows]), task.y_train[rows], smoothing=method.smoothing
-                    )
-                    network.backward(grad)
-                    if method.penalty == "drift":
-                        adapter.penalty(method.weight, head_weight=method.head_weight)
-                    elif method.penalty is not None:
-                        adapter.penalty(method.weight, kind=method.penalty)
-                    optimizer.step()
+                    trained.step(task.x_train[rows], task.y_train[rows])
                     on_step()
             if remembers:
-                adapter.observe([task.x_train])
+                trained.observe(task.x_train)
         seconds = time.perf_counter() - start
         yield {
-            "accuracy": [_accuracy(network, other) for other in stream],
+            "accuracy": [_accuracy(trained, other) for other in stream],
             "parameters": parameters,
-            "state_bytes": adapter.state_bytes(),
+            "state_bytes": trained.state_bytes(),
             "seconds": seconds,
-            "drift": adapter.drift() if remembers else {},
-            "spectrum": {
-                name: np.linalg.svd(core.routing(layer.adapter), compute_uv=False).tolist()
-                for name, layer in adapter.layers.items()
-                if layer.adapter.A is not None
-            },
+            "drift": trained.drift() if remembers else {},
+            "spectrum": {name: np.linalg.svd(R, compute_uv=False).tolist() for name, R in trained.routings().items()},
         }
 
 
-def _accuracy(network: clora_numpy.Network, task: Task) -> float:
-    return float(np.mean(np.argmax(network.forward(task.x_test), axis=1) == task.y_test))
+def _accuracy(trained: Trainer, task: Task) -> float:
+    return float(np.mean(np.argmax(trained.predict(task.x_test), axis=1) == task.y_test))

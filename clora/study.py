@@ -15,37 +15,19 @@ from typing import Any
 import numpy as np
 
 from clora_core import metrics
-from clora_core.errors import OptionError, message
 
-from . import methods
+from . import methods, trainers
 from .suites import Backbone, Task
 
 SCHEMA = "clora-study/1"
-BACKENDS = ("numpy",)
 PACKAGES = ("clora", "numpy", "array-api-compat", "scikit-learn", "mlxtend")
 
 
 def new_result(
     *, suite: str, tasks: int, seed: int, rank: int, backend: str, command: str, backbone: Backbone
 ) -> dict[str, Any]:
-    """A result with no method in it yet.
-
-    Raises
-    ------
-    OptionError
-        An unknown backend.
-    """
-    if backend not in BACKENDS:
-        raise OptionError(
-            message(
-                "clora demo",
-                "no such backend",
-                got=repr(backend),
-                needed="one of " + ", ".join(map(repr, BACKENDS)),
-                cause="a backend of a later version, or a misspelt name",
-                fix="--backend numpy",
-            )
-        )
+    """A result with no method in it yet."""
+    packages = dict.fromkeys((*PACKAGES, backend))
     return {
         "schema": SCHEMA,
         "suite": suite,
@@ -53,7 +35,7 @@ def new_result(
         "seed": seed,
         "rank": rank,
         "backend": backend,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         "command": command,
         "backbone_accuracy": float(backbone.accuracy),
@@ -74,7 +56,8 @@ def run_method(
     """Train one method; ``result`` takes what is known after every task, so that an interrupt loses none of it."""
     method = methods.get_method(name)
     rows: list[dict[str, Any]] = []
-    for row in methods.train(method, backbone, stream, rank=result["rank"], seed=result["seed"], on_step=on_step):
+    how = {name: result[name] for name in ("backend", "rank", "seed")}
+    for row in methods.train(method, backbone, stream, **how, on_step=on_step):
         rows.append(row)
         result["methods"][name] = _summary(method, rows, len(stream))
         on_task(name, row["accuracy"])
@@ -93,7 +76,7 @@ def _summary(method: methods.Method, rows: list[dict[str, Any]], tasks: int) -> 
         "last_accuracy": float(metrics.last_accuracy(seen)),
         "average_incremental_accuracy": float(metrics.average_incremental_accuracy(seen)),
         "backward_transfer": float(metrics.backward_transfer(seen)),
-        "forward_transfer": float(metrics.forward_transfer(seen, baseline=np.full(len(rows), 1 / methods.CLASSES))),
+        "forward_transfer": float(metrics.forward_transfer(seen, baseline=np.full(len(rows), 1 / trainers.CLASSES))),
         "forgetting": float(metrics.forgetting(seen)),
         "learned": float(np.mean(np.diagonal(seen))),
         "parameters": rows[-1]["parameters"],

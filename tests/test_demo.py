@@ -1,5 +1,6 @@
 """`clora demo`: what it writes, what it says, and that nothing finished is lost."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,7 +10,7 @@ import kit
 import numpy as np
 import pytest
 
-from clora import methods, study, suites
+from clora import methods, study, suites, trainers
 from clora_core.errors import OptionError
 
 for _module in ("sklearn", "mlxtend", "matplotlib", "platformdirs", "rich"):
@@ -75,6 +76,63 @@ def test_the_four_methods_side_by_side(demo):
     for entry in result["methods"].values():
         assert entry["title"] in page
     assert sorted(path.name for path in demo.out.iterdir()) == ["report.html", "result.json"]
+
+
+@pytest.mark.skipif(kit.torch is None, reason=kit.NO_TORCH)
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_torch_starts_from_the_same_arrays_and_takes_the_same_steps(name, cache):
+    """Bit for bit the same start; after steps of SGD in float64, the routings agree to rounding."""
+    method = dataclasses.replace(methods.METHODS[name], optimizer="sgd", lr=0.1)
+    backbone, _ = suites.load_backbone(cache)
+    backbone = suites.Backbone(*(array.astype(np.float64) for array in backbone))
+    (task,) = suites.load_suite("permuted-mnist", tasks=1, seed=11)
+    both = [trainers.trainer(backend, method, backbone, rank=8, seed=11) for backend in ("numpy", "torch")]
+    for trained in both:
+        trained.begin(10)
+    assert both[0].parameters() == both[1].parameters()
+    assert both[0].state_bytes() == both[1].state_bytes()
+    x, y = task.x_train[:32].astype(np.float64), task.y_train[:32]
+
+    def compare(limit):
+        pairs = [(mine, both[1].routings()[key]) for key, mine in both[0].routings().items()]
+        for mine, theirs in (*pairs, (both[0].predict(x), both[1].predict(x))):
+            assert np.abs(mine - theirs).max() <= limit * max(np.abs(mine).max(), 1.0)
+
+    compare(2.0**-48)
+    with both[0].task("task-1"), both[1].task("task-1"):
+        for _ in range(3):  # the head starts at zero, so that the layers below move from the second step on
+            for trained in both:
+                trained.step(x, y)
+            compare(2.0**-40)
+        for trained in both:
+            trained.observe(x)
+    assert any(R.any() for R in both[0].routings().values())
+
+
+@pytest.mark.skipif(kit.torch is None, reason=kit.NO_TORCH)
+def test_the_demo_on_torch(demo):
+    """The whole command, with torch named in the result, and the numbers of NumPy up to a few test images."""
+    results = {}
+    for backend in ("numpy", "torch"):
+        arguments = ("--quick", "--tasks", "2", "--rank", "8", "--method", "c-lora", "--method", "c-lora-projected")
+        assert demo(*arguments, "--backend", backend).exit_code == 0
+        results[backend] = json.loads((demo.out / "result.json").read_text())
+    assert results["torch"]["backend"] == "torch"
+    assert "torch" in results["torch"]["versions"]
+    for name, entry in results["numpy"]["methods"].items():
+        other = results["torch"]["methods"][name]
+        assert entry["state_bytes"] == other["state_bytes"]
+        assert entry["parameters"] == other["parameters"]
+        assert np.abs(np.array(entry["accuracy"]) - np.array(other["accuracy"])).max() <= 0.02  # 20 of 1000 images
+
+
+def test_a_missing_library_is_one_line(demo, monkeypatch):
+    """--backend torch without torch names the extra and leaves with 1."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "torch" else real(name, *rest))
+    done = demo("--quick", "--backend", "torch")
+    assert done.exit_code == 1
+    assert "python -m pip install 'clora[torch]'" in done.stderr
 
 
 def test_the_same_seed_gives_the_same_numbers(demo):

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import array_api_compat.torch as xp
 import torch
@@ -55,8 +56,8 @@ class ContinualAdapter:
         self._snapshots: dict[str, dict[str, dict[str, Tensor]]] = {}
         self._groups: list[_penalty.Group] = []
         self._spans: dict[tuple[str, float], Tensor] = {}
-        self._energies: dict[Optimizer, dict[str, float]] = {}
-        self._projections: dict[Optimizer, Projection] = {}
+        self._energies: WeakKeyDictionary[Optimizer, dict[str, float]] = WeakKeyDictionary()
+        self._projections: WeakKeyDictionary[Optimizer, Projection] = WeakKeyDictionary()
         self._watch = Watch(self._all(), self._stepped)
         self._choose_trained()
 
@@ -339,7 +340,7 @@ class ContinualAdapter:
             self._choose_bases()
 
     def _choose_bases(self) -> None:
-        self._projections = {}
+        self._projections = WeakKeyDictionary()
         if not self._energies or not self.tasks:
             return
         self._need_moments("protect")

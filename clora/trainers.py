@@ -1,0 +1,238 @@
+"""The demo's network on each backend: the same arrays to start from, one step, one look. The loop is in `methods`."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+
+import clora_core as core
+import clora_numpy
+from clora_core.errors import MissingDependencyError, OptionError, message
+
+from .suites import Backbone
+
+CLASSES = 10
+PACKAGES = {"numpy": "numpy", "torch": "torch"}
+
+
+class Trainer(Protocol):
+    """What the loop needs of a backend."""
+
+    def begin(self, steps: int) -> None:
+        """A task comes: start the optimizer and its schedule afresh."""
+        ...
+
+    def task(self, name: str) -> AbstractContextManager[Any]:
+        """The adapter's own `task`."""
+        ...
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+        """One step on a batch."""
+        ...
+
+    def observe(self, x: np.ndarray) -> None:
+        """Take the task's second moments."""
+        ...
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """Logits."""
+        ...
+
+    def parameters(self) -> int:
+        """How many numbers learn now."""
+        ...
+
+    def state_bytes(self) -> int:
+        """Of adapter and memory."""
+        ...
+
+    def drift(self) -> dict[str, float]:
+        """The forgetting meter."""
+        ...
+
+    def routings(self) -> dict[str, np.ndarray]:
+        """R of every adapted layer."""
+        ...
+
+
+def trainer(backend: str, method: Any, backbone: Backbone, *, rank: int, seed: int) -> Trainer:
+    """The backbone with adapters on both hidden layers and a shared head that starts at zero.
+
+    Raises
+    ------
+    OptionError
+        An unknown backend.
+    MissingDependencyError
+        Its library is not installed.
+    """
+    if backend not in PACKAGES:
+        raise OptionError(
+            message(
+                "clora demo",
+                "no such backend",
+                got=repr(backend),
+                needed="one of " + ", ".join(map(repr, PACKAGES)),
+                cause="a backend of a later version, or a misspelt name",
+                fix="--backend numpy",
+            )
+        )
+    if importlib.util.find_spec(PACKAGES[backend]) is None:
+        raise MissingDependencyError(
+            message(
+                "clora demo",
+                f"{PACKAGES[backend]} is not installed",
+                got=f"--backend {backend}",
+                needed=PACKAGES[backend],
+                cause="an install without the extra",
+                fix=f"python -m pip install 'clora[{backend}]'",
+            )
+        )
+    return {"numpy": NumpyTrainer, "torch": TorchTrainer}[backend](method, backbone, rank=rank, seed=seed)
+
+
+def _start(method: Any) -> dict[str, Any]:
+    names = ("factors", "scheme", "scale", "stop_old", "train_routing")
+    return {name: getattr(method, name) for name in names}
+
+
+class NumpyTrainer:
+    """`clora_numpy`."""
+
+    def __init__(self, method: Any, backbone: Backbone, *, rank: int, seed: int) -> None:
+        self.method = method
+        self.network = clora_numpy.Network(
+            {
+                "hidden-1": clora_numpy.Layer(backbone.W1, backbone.b1),
+                "relu-1": clora_numpy.Relu(),
+                "hidden-2": clora_numpy.Layer(backbone.W2, backbone.b2),
+                "relu-2": clora_numpy.Relu(),
+                "head": clora_numpy.Head(np.zeros((CLASSES, backbone.W2.shape[0]), backbone.W2.dtype)),
+            }
+        )
+        rng = np.random.default_rng([seed, 2])
+        self.adapter = clora_numpy.attach(self.network, rank=rank, rng=rng, **_start(method))
+        self.task, self.state_bytes, self.drift = self.adapter.task, self.adapter.state_bytes, self.adapter.drift
+        self.optimizer: Any = None
+
+    def begin(self, steps: int) -> None:
+        """See `Trainer`."""
+        method = self.method
+        if self.optimizer is None:
+            lr = clora_numpy.cosine(method.lr, steps)
+            rule = clora_numpy.adam(lr) if method.optimizer == "adam" else clora_numpy.sgd(lr, momentum=0.9)
+            self.optimizer = clora_numpy.Optimizer(self.adapter, rule)
+            if method.energy is not None:
+                self.adapter.protect(self.optimizer, energy=method.energy, head_energy=method.head_energy)
+        self.optimizer.state = {}
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+        """See `Trainer`."""
+        _, grad = clora_numpy.cross_entropy(self.network.forward(x), y, smoothing=self.method.smoothing)
+        self.network.backward(grad)
+        if self.method.penalty is not None:
+            self.adapter.penalty(self.method.weight, kind=self.method.penalty, head_weight=self.method.head_weight)
+        self.optimizer.step()
+
+    def observe(self, x: np.ndarray) -> None:
+        """See `Trainer`."""
+        self.adapter.observe([x])
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """See `Trainer`."""
+        return self.network.forward(x)
+
+    def parameters(self) -> int:
+        """See `Trainer`."""
+        return sum(array.size for array in self.adapter.parameters().values())
+
+    def routings(self) -> dict[str, np.ndarray]:
+        """See `Trainer`."""
+        layers = self.adapter.layers.items()
+        return {name: core.routing(layer.adapter) for name, layer in layers if layer.adapter.A is not None}
+
+
+class TorchTrainer:
+    """`clora_torch`, on the CPU."""
+
+    def __init__(self, method: Any, backbone: Backbone, *, rank: int, seed: int) -> None:
+        import torch
+
+        import clora_torch
+
+        self.torch, self.method = torch, method
+        width, inputs = backbone.W1.shape
+        self.network = torch.nn.Sequential(
+            OrderedDict(
+                [
+                    ("hidden-1", torch.nn.Linear(inputs, width)),
+                    ("relu-1", torch.nn.ReLU()),
+                    ("hidden-2", torch.nn.Linear(width, width)),
+                    ("relu-2", torch.nn.ReLU()),
+                    ("head", torch.nn.Linear(width, CLASSES)),
+                ]
+            )
+        )
+        start = {"hidden-1.weight": backbone.W1, "hidden-1.bias": backbone.b1}
+        start |= {"hidden-2.weight": backbone.W2, "hidden-2.bias": backbone.b2}
+        start |= {"head.weight": np.zeros((CLASSES, width)), "head.bias": np.zeros(CLASSES)}
+        self.network.to(torch.from_numpy(backbone.W1).dtype)
+        self.network.load_state_dict({name: torch.from_numpy(array) for name, array in start.items()})
+        rng = np.random.default_rng([seed, 2])
+        self.adapter = clora_torch.attach(
+            self.network, rank=rank, targets="hidden-*", heads="head", seed=rng, **_start(method)
+        )
+        self.task, self.state_bytes, self.drift = self.adapter.task, self.adapter.state_bytes, self.adapter.drift
+        self.optimizer: Any = None
+        self.lr: Callable[[int], float] = clora_numpy.cosine(method.lr, 1)
+        self.count = 0
+
+    def begin(self, steps: int) -> None:
+        """See `Trainer`."""
+        method, optim = self.method, self.torch.optim
+        if self.optimizer is None:
+            learning = self.adapter.parameters()
+            if method.optimizer == "adam":
+                self.optimizer = optim.Adam(learning, lr=method.lr)
+            else:
+                self.optimizer = optim.SGD(learning, lr=method.lr, momentum=0.9)
+            if method.energy is not None:
+                self.adapter.protect(self.optimizer, energy=method.energy, head_energy=method.head_energy)
+        self.optimizer.state.clear()
+        self.lr, self.count = clora_numpy.cosine(method.lr, steps), 0
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+        """See `Trainer`."""
+        from_numpy, method = self.torch.from_numpy, self.method
+        loss = self.torch.nn.functional.cross_entropy(
+            self.network(from_numpy(x)), from_numpy(y), label_smoothing=method.smoothing
+        )
+        if method.penalty is not None:
+            loss = loss + self.adapter.penalty(method.weight, kind=method.penalty, head_weight=method.head_weight)
+        loss.backward()
+        self.optimizer.param_groups[0]["lr"] = self.lr(self.count)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.count += 1
+
+    def observe(self, x: np.ndarray) -> None:
+        """See `Trainer`."""
+        self.adapter.observe([self.torch.from_numpy(x)])
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """See `Trainer`."""
+        with self.torch.no_grad():
+            return self.network(self.torch.from_numpy(x)).numpy()
+
+    def parameters(self) -> int:
+        """See `Trainer`."""
+        return sum(parameter.numel() for parameter in self.adapter.parameters())
+
+    def routings(self) -> dict[str, np.ndarray]:
+        """See `Trainer`."""
+        layers = self.adapter.layers.items()
+        return {name: core.routing(part.adapter).detach().numpy() for name, part in layers if part.A is not None}
