@@ -49,8 +49,9 @@ class LayerAdapter(nn.Module):
     ) -> None:
         super().__init__()
         A, R_old, R_delta, B = adapter
-        self.A = None if A is None else nn.Parameter(A)
-        self.B = None if B is None else nn.Parameter(B)
+        # Row-major, as its gradient comes: autograd would copy the gradient at every step into another layout.
+        self.A = None if A is None else nn.Parameter(A.contiguous())
+        self.B = None if B is None else nn.Parameter(B.contiguous())
         self.R_delta = nn.Parameter(R_delta)
         self.register_buffer("R_old", R_old.clone())  # a start of zeros may be one array for both routings
         for name, array in zip(core.Moments._fields, core.empty_moments(wide(adapter), xp=xp), strict=True):
