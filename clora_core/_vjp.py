@@ -256,10 +256,10 @@ def _check_vjp(
     )
     n = grad_y.shape[-2]
     for name, array, size in (("x", x, B.shape[-1]), ("u", u, A.shape[-1])):
-        if array is not None:
+        # The message is made only where it is needed: a compiler takes what is written into a string for a constant.
+        if array is not None and tuple(array.shape[-2:]) != (n, size):
             fix = "pass the rows that gave y"
-            needed = f"(..., n, {size}), n as in grad_y"  # n itself stays out: a compiler would take it for a constant
-            arr.check_last(where, name=name, array=array, last=(n, size), needed=needed, fix=fix)
+            arr.check_last(where, name=name, array=array, last=(n, size), needed=f"(..., n={n}, {size})", fix=fix)
     arr.check_covers(where, "grad_y", grad_y, x, u, W, *adapter, bias=bias)
     routed = u is None and ("A" in wrt or "R_delta" in wrt)
     rows_missing = x is None and (routed or "B" in wrt or "W" in wrt)
