@@ -217,6 +217,8 @@ def validate(adapter: Adapter, *, moments: Any = None, name: str = "adapter", xp
         arr.check_last(where, name="P", array=P, last=(rows, columns), needed="(..., r, r)", fix=fix)
         for field, array in zip(("S", "P", "q"), (S, P, q), strict=True):
             _check_finite(where, field, array, xp)
+        if 0 in S.shape or 0 in q.shape:  # a stack of no layers
+            return adapter
         eps, size = xp.finfo(S.dtype).eps, columns * xp.max(xp.abs(S))
         skew, lowest = xp.max(xp.abs(S - arr.transpose(S, xp))), xp.min(xp.linalg.eigvalsh(S))
         if bool(skew > eps * size) or bool(lowest < -((8 * eps) ** 0.5) * size):

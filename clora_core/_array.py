@@ -11,6 +11,7 @@ from .errors import DTypeError, NamespaceError, OptionError, RankError, ShapeErr
 
 Array: TypeAlias = Any
 Shape: TypeAlias = tuple[int, ...]
+FLOATS = ("float64", "float32", "bfloat16", "float16")
 
 # A memo: the namespace is a function of the array's type, and finding it costs more than a small product.
 _NAMESPACES: dict[type, Any] = {}
@@ -217,14 +218,16 @@ def check_last(where: str, *, name: str, array: Array, last: Shape, needed: str,
 
 def as_dtype(where: str, dtype: Any, xp: Any) -> Any:
     """The library's dtype for a dtype or the name of one."""
-    found = getattr(xp, dtype, None) if isinstance(dtype, str) else dtype
+    found = dtype
+    if isinstance(dtype, str):
+        found = getattr(xp, dtype, None) if dtype in FLOATS else None
     if found is None:
         raise DTypeError(
             message(
                 where,
                 "the library has no such dtype",
                 got=f"dtype={dtype!r}",
-                needed="the name of a dtype of the library, or the dtype itself",
+                needed="one of " + ", ".join(FLOATS) + " that the library has, or the dtype itself",
                 cause="a misspelt name, or bfloat16 on NumPy, which has it only through ml_dtypes",
                 fix="pass the dtype itself, for instance ml_dtypes.bfloat16",
             )

@@ -60,18 +60,7 @@ def merge(W: Array, adapter: Adapter, *, dtype: Any = None, xp: Any = None) -> M
     """
     where = "clora_core.merge"
     xp = arr.namespace(where, xp, W, *adapter)
-    check_input(where, xp, None, adapter, W)
-    if 0 in W.shape[-2:]:
-        raise ShapeError(
-            message(
-                where,
-                "there is no weight to merge into",
-                got=f"W {tuple(W.shape)}",
-                needed="d_out >= 1 and d_in >= 1",
-                cause="an empty slice of a weight",
-                fix="leave this layer out",
-            )
-        )
+    check_weight(where, xp, W, adapter)
     dtype = W.dtype if dtype is None else arr.as_dtype(where, dtype, xp)
     limit = bounds.merge(W, adapter, dtype=dtype, xp=xp)  # refuses a dtype that is not floating
     dW = delta(adapter, xp=xp)
@@ -91,3 +80,19 @@ def merge(W: Array, adapter: Adapter, *, dtype: Any = None, xp: Any = None) -> M
         bound=xp.max(limit, axis=(-2, -1)),
     )
     return Merged(weight, report)
+
+
+def check_weight(where: str, xp: Any, W: Array, adapter: Adapter) -> None:
+    """Static checks shared by the merge and its bound."""
+    check_input(where, xp, None, adapter, W)
+    if 0 in W.shape[-2:]:
+        raise ShapeError(
+            message(
+                where,
+                "there is no weight to merge into",
+                got=f"W {tuple(W.shape)}",
+                needed="d_out >= 1 and d_in >= 1",
+                cause="an empty slice of a weight",
+                fix="leave this layer out",
+            )
+        )

@@ -173,7 +173,15 @@ def plan(
             )
         return _with_order(order, n, d_out, d_in, rank, wrt, itemsize)
     plans = [_with_order(o, n, d_out, d_in, rank, wrt, itemsize) for o in ORDERS if full or o != "merged"]
-    return min(plans, key=lambda p: p.flops + balance * p.bytes_moved)
+    best, *others = plans
+    for other in others:  # not min(), which torch.compile can't follow where n is a symbol
+        if _cost(other, balance) < _cost(best, balance):
+            best = other
+    return best
+
+
+def _cost(plan: Plan, balance: float) -> float:
+    return plan.flops + balance * plan.bytes_moved
 
 
 def check_wrt(where: str, wrt: tuple[str, ...]) -> tuple[str, ...]:
@@ -217,8 +225,11 @@ def _with_order(order: str, n: int, d_out: int, d_in: int, r: int, wrt: tuple[st
     }[order]
     fold_x, fold_A, fold_B = n > d_in, n > d_out, n > d_in
     # dL/dR_delta: from the rows, or from the product made for A (d_out) or for B (d_in) if that exists and is smaller
-    sources = [(n, "rows")] + [(d_out, "A")] * (A and fold_A) + [(d_in, "B")] * (B and fold_B)
-    route = min(sources)[1]
+    route = "rows"
+    if A and fold_A and not (B and fold_B and d_in < d_out):
+        route = "A"
+    elif B and fold_B:
+        route = "B"
     need_u = A or (R and route == "rows")
     need_v = B or (R and route == "rows") or (x and order != "merged")
     backward: list[Product] = []

@@ -39,7 +39,7 @@ def unit_roundoff(dtype: Any, xp: Any = None) -> float:
     ``dtype`` is a library's dtype or its name; ``xp`` is taken for uniformity and ignored.
     """
     for name, roundoff in ROUNDOFF.items():
-        if name in str(dtype):
+        if dtype == name or (name in str(dtype) and not isinstance(dtype, str)):
             return roundoff
     raise DTypeError(
         message(
@@ -68,8 +68,14 @@ def _factor(k: int, dtype: Any, xp: Any, method: str) -> float:
     return g / (1.0 - g) if g < 1.0 else math.inf
 
 
+def _abs(array: Array, xp: Any) -> Array:
+    """Absolute values; of a dtype that the core refuses nothing, so that the function which is bounded refuses it."""
+    real = array.dtype == xp.float32 or array.dtype == xp.float64
+    return xp.abs(array) if real else array
+
+
 def _absolute(adapter: Adapter, xp: Any) -> Adapter:
-    return Adapter(*(None if array is None else xp.abs(array) for array in adapter))
+    return Adapter(*(None if array is None else _abs(array, xp) for array in adapter))
 
 
 def routing(adapter: Adapter, *, method: str = "worst", xp: Any = None) -> Array:
@@ -95,7 +101,7 @@ def apply(x: Array, adapter: Adapter, *, method: str = "worst", xp: Any = None) 
     from . import _layer
 
     xp = arr.namespace("clora_core.bounds.apply", xp, x, *adapter)
-    size = _layer.apply(xp.abs(x), _absolute(adapter, xp), xp=xp)
+    size = _layer.apply(_abs(x, xp), _absolute(adapter, xp), xp=xp)
     return _factor(adapter.B.shape[-1] + _routed(adapter), size.dtype, xp, method) * size
 
 
@@ -112,10 +118,10 @@ def linear(
     xp = arr.namespace(where, xp, x, W, *adapter, bias)
     _layer.check_input(where, xp, x, adapter, W, bias)
     d_in = adapter.B.shape[-1]
-    absolute = xp.abs(x)
-    base = absolute @ arr.transpose(xp.abs(W), xp)
+    absolute = _abs(x, xp)
+    base = absolute @ arr.transpose(_abs(W, xp), xp)
     if bias is not None:
-        base = base + xp.abs(bias)[..., None, :]
+        base = base + _abs(bias, xp)[..., None, :]
     path = _layer.apply(absolute, _absolute(adapter, xp), xp=xp)
     return (
         _factor(d_in + 3, x.dtype, xp, method) * base + _factor(d_in + _routed(adapter) + 3, x.dtype, xp, method) * path
@@ -138,7 +144,7 @@ def delta_vjp(
     from . import _vjp
 
     xp = arr.namespace("clora_core.bounds.delta_vjp", xp, *adapter, grad_delta)
-    size = _vjp.delta_vjp(_absolute(adapter, xp), xp.abs(grad_delta), wrt=wrt, stop_old=stop_old, xp=xp)
+    size = _vjp.delta_vjp(_absolute(adapter, xp), _abs(grad_delta, xp), wrt=wrt, stop_old=stop_old, xp=xp)
     d_out, d_in, r = adapter.A.shape[-2], adapter.B.shape[-1], adapter.A.shape[-1]
     counts = {"A": d_in + r + 1, "R_delta": d_in + d_out, "B": d_out + r + 1}
     lead = _leading(*adapter, grad_delta)
@@ -177,12 +183,12 @@ def linear_vjp(
                 fix="keep x where bounds are checked",
             )
         )
-    xp = arr.namespace(where, xp, x, W, *adapter, grad_y)
+    xp = arr.namespace(where, xp, x, W, *adapter, grad_y, bias)
     size = _vjp.linear_vjp(
-        xp.abs(x),
-        None if W is None else xp.abs(W),
+        _abs(x, xp),
+        None if W is None else _abs(W, xp),
         _absolute(adapter, xp),
-        xp.abs(grad_y),
+        _abs(grad_y, xp),
         wrt=wrt,
         stop_old=stop_old,
         bias=bias,
@@ -211,7 +217,7 @@ def second_moment(u: Array, *, weights: Array | None = None, method: str = "wors
     from . import _moments
 
     xp = arr.namespace("clora_core.bounds.second_moment", xp, u, weights)
-    size = _moments.second_moment(xp.abs(u), weights=weights, xp=xp)
+    size = _moments.second_moment(_abs(u, xp), weights=weights, xp=xp)
     n = max(u.shape[-2], 1)
     return _factor(n + 3 if weights is None else 2 * n + 4, u.dtype, xp, method) * size
 
@@ -221,7 +227,9 @@ def record(moments: Any, adapter: Adapter, C: Array, *, method: str = "worst", x
     from . import _moments
 
     xp = arr.namespace("clora_core.bounds.record", xp, *moments, *adapter, C)
-    size = _moments.record(_moments.Moments(*(xp.abs(m) for m in moments)), _absolute(adapter, xp), xp.abs(C), xp=xp)
+    size = _moments.record(
+        _moments.Moments(*(_abs(m, xp) for m in moments)), _absolute(adapter, xp), _abs(C, xp), xp=xp
+    )
     dtype = C.dtype
     m, r = adapter.R_delta.shape[-2:]
     return _moments.Moments(
@@ -236,7 +244,7 @@ def drift(adapter: Adapter, moments: Any, *, since: str = "task-ends", method: s
     from . import _moments
 
     xp = arr.namespace("clora_core.bounds.drift", xp, *adapter, *moments)
-    S, P, q = (xp.abs(m) for m in moments)
+    S, P, q = (_abs(m, xp) for m in moments)
     size = _moments.drift(_absolute(adapter, xp), _moments.Moments(S, -P, q), since=since, xp=xp)
     m, r = adapter.R_delta.shape[-2:]
     return _factor(_trace_roundings(adapter, m, r) + 1, q.dtype, xp, method) * size
@@ -255,9 +263,9 @@ def drift_vjp(
     from . import _moments
 
     xp = arr.namespace("clora_core.bounds.drift_vjp", xp, *adapter, *moments, grad)
-    S, P, q = (xp.abs(m) for m in moments)
+    S, P, q = (_abs(m, xp) for m in moments)
     absolute = _absolute(adapter, xp)
-    grad = None if grad is None else xp.abs(grad)
+    grad = None if grad is None else _abs(grad, xp)
     size = _moments.drift_vjp(absolute, _moments.Moments(S, -P, q), grad, since=since, xp=xp)
     m, r = adapter.R_delta.shape[-2:]
     k = _outer(adapter) + m + r + 3 + _leading(*adapter, *moments[:2], None if grad is None else grad[..., None, None])
@@ -288,7 +296,7 @@ def project(R_delta: Array, basis: Any, *, method: str = "worst", xp: Any = None
     xp = arr.namespace(where, xp, R_delta, *basis)
     _moments.check_basis(where, xp, R_delta, basis)
     U, weights = basis
-    absolute, frame = xp.abs(R_delta), xp.abs(U)
+    absolute, frame = _abs(R_delta, xp), _abs(U, xp)
     size = absolute + ((absolute @ frame) * weights[..., None, :]) @ arr.transpose(frame, xp)
     return _factor(2 * R_delta.shape[-1] + 2, R_delta.dtype, xp, method) * size
 
@@ -299,17 +307,17 @@ def merge(W: Array, adapter: Adapter, *, dtype: Any = None, method: str = "worst
     The last adds :math:`u_t |W'|` and, for a float64 weight that goes through float32, :math:`u_{32} |W'|`; in float16
     also half the spacing of its subnormals, :math:`2^{-25}`. Barring overflow of the target.
     """
-    from . import _layer
+    from . import _layer, _merge
 
     where = "clora_core.bounds.merge"
     xp = arr.namespace(where, xp, W, *adapter)
-    _layer.check_input(where, xp, None, adapter, W)
+    _merge.check_weight(where, xp, W, adapter)
     size = _layer.delta(_absolute(adapter, xp), xp=xp)
-    magnitude = xp.abs(W) + size
-    limit = _factor(1, W.dtype, xp, method) * xp.abs(W) + _factor(_routed(adapter) + 1, W.dtype, xp, method) * size
-    if dtype is None or dtype == W.dtype or dtype == xp.float64:
+    magnitude = _abs(W, xp) + size
+    limit = _factor(1, W.dtype, xp, method) * _abs(W, xp) + _factor(_routed(adapter) + 1, W.dtype, xp, method) * size
+    u = unit_roundoff(W.dtype if dtype is None else dtype, xp)
+    if dtype is None or u <= unit_roundoff(W.dtype, xp):
         return limit
-    u = unit_roundoff(dtype, xp)
     steps = u + 2.0**-24 * (1.0 + u) if W.dtype == xp.float64 and u > 2.0**-24 else u
     return limit * (1.0 + steps) + steps * magnitude + (2.0**-25 if u == ROUNDOFF["float16"] else 0.0)
 

@@ -186,3 +186,11 @@ def test_what_is_recorded_is_valid(case: Case, head: bool, weighted: bool) -> No
             moments = kit.run("record", lane, kit.run("empty_moments", lane, here).value, here, C).value
             ran = kit.run("validate", lane, here, moments=moments)
             kit.exact(ran, list(here))
+
+
+def test_moments_of_an_empty_stack_are_valid() -> None:
+    """No layer has no fault."""
+    adapter = core.init_adapter(np.random.default_rng(0), 4, 3, 2, batch=(0,))
+    moments = core.empty_moments(adapter)
+    assert moments.S.shape == (0, 2, 2)
+    assert core.validate(adapter, moments=moments) is adapter

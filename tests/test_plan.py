@@ -127,3 +127,11 @@ def test_every_library_names_its_dtypes(lane: kit.Lane) -> None:
         kit.RAN.add(("plan", lane.value.library))
         kit.note(ran)
         assert ran.value == core.plan(8, 4, 4, 2, dtype=name)
+
+
+def test_sizes_may_be_integers_of_a_library() -> None:
+    """A shape computed in NumPy plans like the Python number."""
+    for position in range(4):
+        sizes: list[Any] = [64, 32, 48, 4]
+        sizes[position] = np.int64(sizes[position])
+        assert core.plan(*sizes) == core.plan(64, 32, 48, 4)

@@ -206,3 +206,22 @@ def first(value: Any) -> Any:
 def grad(lane: kit.Lane) -> Any:
     """The library's functional gradient."""
     return jax.grad if lane.is_jax else torch.func.grad
+
+
+def test_gradients_compile_once_for_any_number_of_rows() -> None:
+    """The planner's choice follows a symbolic n: one graph while the same plan stays best."""
+    adapter = core.init_adapter(np.random.default_rng(0), 8, 6, 2, dtype="float64", xp=torch_namespace)
+    W = torch.ones(8, 6, dtype=torch.float64)
+
+    def gradient(x: Any, g: Any) -> Any:
+        return core.linear_vjp(x, W, adapter, g, xp=torch_namespace).A
+
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(gradient, fullgraph=True, backend="eager")
+    for n in (20, 30, 40):
+        x, g = torch.ones(n, 6, dtype=torch.float64), torch.ones(n, 8, dtype=torch.float64)
+        for array in (x, g):
+            torch._dynamo.mark_dynamic(array, 0)
+        assert torch.equal(compiled(x, g), gradient(x, g))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
