@@ -115,6 +115,7 @@ def test_ranks_and_exclude() -> None:
         ({"train_routing": False}, OptionError, ["nothing would learn"]),
         ({"scheme": "magic", "targets": "query"}, OptionError, ["magic"]),
         ({"dropout": 50}, OptionError, ["50", "dropout"]),
+        ({"max_rank": 3}, OptionError, ["max_rank=3, rank=4"]),
     ],
 )
 def test_refusals(options: dict[str, Any], error: type[Exception], words: list[str]) -> None:
@@ -155,11 +156,9 @@ def _quantised(layer: Any) -> Any:
     return layer
 
 
-def test_multihead_attention_is_refused_and_skipped() -> None:
-    """Its projections are read, not called: an adapter there would silently do nothing."""
+def test_all_linear_leaves_multihead_attention_alone() -> None:
+    """Its projections are asked for by name; tests/test_torch_attention.py has them."""
     net = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
-    with pytest.raises(OptionError, match="reads the weights"):
-        clora.attach(net, rank=2, targets="out_proj")
     assert list(clora.attach(net, rank=2, seed=0).layers) == ["linear1", "linear2"]
 
 

@@ -216,7 +216,8 @@ def test_first_task_has_no_penalty() -> None:
     """There is nothing to forget; the value is a tensor all the same."""
     adapter = attach(network())
     adapter.begin_task("task-0")
-    assert float(adapter.penalty()) == 0.0
+    assert float(adapter.penalty().detach()) == 0.0
+    adapter.penalty().backward()
 
 
 def test_an_exception_leaves_everything_as_before_the_task() -> None:
@@ -332,6 +333,39 @@ def test_resuming_in_the_middle_of_a_task() -> None:
     adapter.restore("task-0")
     other.restore("task-0")
     assert torch.equal(adapter.model(X), other.model(X))
+
+
+def test_a_task_that_was_loaded_open_goes_on() -> None:
+    """In a block of its own name; after an exception it is open as it was loaded. Another name is refused."""
+    adapter = attach(network())
+    adapter.begin_task("task-0")
+    train(adapter, adam(adapter.parameters()), data(0))
+    net = network()
+    other = attach(net)
+    other.load_state_dict(adapter.state_dict())
+    loaded = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(StateError, match="'task-0' is still open"), other.task("task-1"):
+        pass
+    with pytest.raises(InvalidValueError), other.task("task-0"):
+        train(other, adam(other.parameters()), [(X * float("nan"), data(0)[0][1][:16])])
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in loaded.items())
+    assert not other.tasks
+    with other.task("task-0"):
+        other.observe(data(0))
+    assert other.tasks == ["task-0"]
+    assert torch.equal(net(X), adapter.model(X))
+
+
+def test_factors_written_with_the_same_bits_have_not_moved() -> None:
+    """As DistributedDataParallel does when it wraps a model; the memory stays valid."""
+    adapter = attach(network())
+    learn(adapter, adam(adapter.parameters()), 0)
+    before = adapter.drift()
+    with torch.no_grad():
+        for part in adapter.layers.values():
+            for factor in (part.A, part.B) if part.A is not None else ():
+                factor.copy_(factor.clone())
+    assert adapter.drift() == before
 
 
 def test_the_numpy_package_agrees() -> None:
@@ -488,7 +522,8 @@ def test_load_refuses_another_adapter() -> None:
     """Other layers, ranks and modes are named, and nothing is loaded."""
     state = attach(network()).state_dict()
     for options, words in (
-        ({"rank": 4}, "has another shape"),
+        ({"rank": 4}, "'0' has another size"),
+        ({"max_rank": 12}, "'max_rank': 12"),
         ({"targets": ["0"]}, "Got 2 in one of the two only"),
         ({"factors": "never"}, "Got 'first-task'; needed 'never'"),
     ):

@@ -6,6 +6,6 @@ The mathematics is clora_core's; here it meets nn.Module, autograd and torch's o
 from ._adapter import ContinualAdapter
 from ._attach import attach
 from ._function import adapted_linear, routed
-from ._layers import LayerAdapter
+from ._part import LayerAdapter
 
 __all__ = ["ContinualAdapter", "LayerAdapter", "adapted_linear", "attach", "routed"]

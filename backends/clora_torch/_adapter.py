@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,16 +10,20 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import array_api_compat.torch as xp
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.optim import Optimizer
 
 import clora_core as core
-from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, StateError, message
+from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, RankError, StateError, message
 
 from . import _merge, _penalty
-from ._layers import CHILD, Adapted, LayerAdapter, wide, widen
+from ._distributed import full, like, settle
+from ._layers import CHILD, Adapted
 from ._observe import Mask, observe
+from ._part import LayerAdapter, wide, widen
 from ._protect import Projection, Watch, unwrapped
 
 FACTORS = ("every-task", "first-task", "never")
@@ -46,19 +51,23 @@ class ContinualAdapter:
         required_grad: dict[nn.Parameter, bool],
         factors: str,
         train_routing: bool,
+        scale: float,
     ) -> None:
         self.model, self.layers, self.factors, self.train_routing = model, layers, factors, train_routing
+        self.scale = scale
         self.tasks: list[str] = []
         self._required_grad = required_grad
         self._open: str | None = None
+        self._resumed: str | None = None  # a task that was open in a state that was loaded
         self._observed: dict[str, Tensor] | None = None
         self._unobserved: list[str] = []
+        self._blind: list[str] = []  # layers with directions that earlier tasks were not observed in
         self._snapshots: dict[str, dict[str, dict[str, Tensor]]] = {}
-        self._groups: list[_penalty.Group] = []
+        self._groups: list[_penalty.Group] | None = None
         self._spans: dict[tuple[str, float], Tensor] = {}
         self._energies: WeakKeyDictionary[Optimizer, dict[str, float]] = WeakKeyDictionary()
         self._projections: WeakKeyDictionary[Optimizer, Projection] = WeakKeyDictionary()
-        self._watch = Watch(self._all(), self._stepped)
+        self._watch = Watch(self._all, self._stepped)
         self._choose_trained()
 
     def __repr__(self) -> str:
@@ -72,9 +81,11 @@ class ContinualAdapter:
     # --- what learns -------------------------------------------------------------------------------------------
 
     def _all(self) -> list[nn.Parameter]:
+        settle(self.model)
         return [parameter for part in self.layers.values() for parameter in part.trained()]
 
     def _choose_trained(self) -> None:
+        settle(self.model)
         moving = self.factors == "every-task" or (self.factors == "first-task" and not self.tasks)
         for part in self.layers.values():
             head = part.A is None
@@ -92,7 +103,8 @@ class ContinualAdapter:
         """Bytes to keep from task to task: adapters and second moments; base weights and snapshots left out."""
         total = 0
         for part in self.layers.values():
-            kept = [part.A, part.R_old, part.B, *(part.moments if self.factors != "every-task" else ())]
+            memory = (part.S, part.P, part.q) if self.factors != "every-task" else ()
+            kept = [part.A, part.R_old, part.B, part.A_spare, part.B_spare, *memory]
             total += sum(array.nbytes for array in kept if array is not None)
         return total
 
@@ -102,18 +114,24 @@ class ContinualAdapter:
     def task(self, name: str) -> Iterator[ContinualAdapter]:
         """Begin a task, and end it on leaving; an exception inside leaves the adapter as it was before the task.
 
-        Optimizers then forget what they hold of the adapter's parameters, which may be what went wrong.
+        Optimizers then forget what they hold of the adapter's parameters, which may be what went wrong. A task that is
+        open in a state that was loaded goes on.
         """
+        settle(self.model)
         before = {n: {k: t.detach().clone() for k, t in part.state_dict().items()} for n, part in self.layers.items()}
-        self.begin_task(name)
+        resumed = self._resumed if self._resumed == name else None
+        if resumed is None:
+            self.begin_task(name)
+        self._resumed = None
         try:
             yield self
             self.end_task()
         except BaseException:
+            settle(self.model)
             for n, part in self.layers.items():
-                part.load_state_dict(before[n])
+                part.load_state_dict(_split_alike(before[n], part))
             self._watch.forget(self._all())
-            self._open, self._observed = None, None
+            self._open, self._observed, self._resumed = resumed, None, resumed
             self._choose_trained()
             for parameter in self._all():
                 parameter.grad = None
@@ -135,12 +153,13 @@ class ContinualAdapter:
         """What is constant over the open task."""
         self._choose_trained()
         self._spans = {}
-        self._groups = _penalty.groups(self.layers) if self.tasks and self.factors != "every-task" else []
+        self._groups = None
         self._watch.forget(part.R_delta for part in self.layers.values())
         self._choose_bases()
 
     @torch.no_grad()
     def _fold(self) -> None:
+        settle(self.model)
         for part in self.layers.values():
             folded = core.end_task(part.adapter, xp=xp)
             part.R_old.copy_(folded.R_old)
@@ -157,12 +176,10 @@ class ContinualAdapter:
             self._unobserved.append(self._open)
         else:
             for name, part in self.layers.items():  # folded first: the memory holds the sum as rounded
-                new = core.record(part.moments, wide(part.adapter), self._observed[name], xp=xp)
-                part.S, part.P, part.q = new
-                part.recorded_versions = part.versions()
+                part.record(self._observed[name])
         fields = ("A", "R_old", "B") if self.factors == "every-task" else ("R_old",)
         self._snapshots[self._open] = {
-            name: {f: getattr(part, f).detach().clone() for f in fields if getattr(part, f) is not None}
+            name: {f: full(getattr(part, f)).detach().clone() for f in fields if getattr(part, f) is not None}
             for name, part in self.layers.items()
         }
         self.tasks.append(self._open)
@@ -187,6 +204,7 @@ class ContinualAdapter:
     def _stepped(self, optimizer: Optimizer) -> None:
         self._observed = None
         if optimizer in self._projections:
+            settle(self.model)
             self._projections[optimizer]()
 
     def observe(
@@ -198,7 +216,7 @@ class ContinualAdapter:
         ----------
         batches : iterable
             A pass over the task's inputs: tensors, tuples or lists whose first item is the input, or mappings for
-            model(**batch). Tensors are moved to the adapter's device.
+            ``model(**batch)``. Tensors are moved to the adapter's device.
         forward : callable(model, batch), optional
             Another way to run the model on a batch.
         mask : str or callable(batch), optional
@@ -234,8 +252,19 @@ class ContinualAdapter:
                     fix="call adapter.observe(loader) as the last thing in the task",
                 )
             )
+        if self._blind:
+            raise MomentsIncomplete(
+                message(
+                    f"clora_torch.{verb}",
+                    "earlier tasks were not observed in all directions that are now in use",
+                    got=f"ranks expanded beyond max_rank in {', '.join(self._blind)}",
+                    needed="directions that were drawn before the first task",
+                    cause="expand() without max_rank",
+                    fix="attach with max_rank=, the rank to grow to at most",
+                )
+            )
         for name, part in self.layers.items():
-            if part.recorded_versions not in (None, part.versions()):
+            if part.moved():
                 raise _state(
                     verb,
                     f"A or B of layer {name!r} moved after tasks were recorded, so second moments are stale",
@@ -283,7 +312,8 @@ class ContinualAdapter:
             )
         if self._open is None:
             raise _state("penalty", "no task is open", "call it inside `with adapter.task(name)`")
-        total = next(iter(self.layers.values())).R_delta.new_zeros(())
+        settle(self.model)
+        total = next(iter(self.layers.values())).R_old.new_zeros((), requires_grad=torch.is_grad_enabled())
         if kind == "orthogonality":
             for name, part in self.layers.items():
                 if part.A is not None:
@@ -291,6 +321,8 @@ class ContinualAdapter:
                     total = total + weight * core.orthogonality(adapter, **form, xp=xp).to(total.device)
             return total
         self._need_moments("penalty")
+        if self._groups is None:  # only now: a trainer moves the model after the task has begun
+            self._groups = _penalty.groups(self.layers) if self.tasks else []
         for group in self._groups:
             scale = weight if head_weight is None or not group.head else head_weight
             value = _penalty.drift(group, **{"since": "boundary", **options}).sum()
@@ -307,7 +339,8 @@ class ContinualAdapter:
         """
         assert part.A is not None
         assert part.B is not None
-        adapter = core.Adapter(part.A.detach(), part.R_old, part.R_delta, part.B.detach())
+        A, R_old, R_delta, B = part.adapter
+        adapter = core.Adapter(A.detach(), R_old, R_delta, B.detach())
         if form != "basis" or normalize:
             return adapter, {"form": form, "energy": energy, "normalize": normalize}
         if (name, energy) not in self._spans:
@@ -330,7 +363,7 @@ class ContinualAdapter:
             raise _state(
                 "protect",
                 "the optimizer steps no parameter of this adapter",
-                "make it from adapter.parameters()",
+                "make it from adapter.parameters(), after fully_shard where that is used",
             )
         head_energy = energy if head_energy is None else head_energy
         energies = {n: head_energy if part.A is None else energy for n, part in self.layers.items()}
@@ -354,6 +387,86 @@ class ContinualAdapter:
                 stacklevel=4,
             )
 
+    # --- growing -----------------------------------------------------------------------------------------------
+
+    def expand(self, by: int, *, seed: int | np.random.Generator | None = None) -> None:
+        """Raise every layer's rank between tasks, the function unchanged: routing expansion, see `clora_core.expand`.
+
+        Parameters
+        ----------
+        by : int >= 1
+            New directions for each layer; a layer takes what its spare ones (``max_rank``) give first. Beyond these new
+            ones are drawn, of which earlier tasks know nothing: `drift`, `penalty` and `protect` then raise
+            `MomentsIncomplete`.
+        seed : int or numpy.random.Generator, optional
+            For what is drawn; by default from torch's generator.
+
+        Raises
+        ------
+        RankError
+            A rank above min(d_out, d_in) of a layer; nothing has changed.
+
+        Notes
+        -----
+        Parameters stay the same objects with new shapes, and optimizers drop what they hold of them. The output is the
+        same within `clora_core.bounds` (sums of another length); `restore` still gives each task's bits.
+        """
+        by = operator.index(by)
+        if self._open is not None:
+            raise _state("expand", f"task {self._open!r} is open", "expand between tasks")
+        self._need_unmerged("expand")
+        self._need_whole("expand")
+        parts = {name: part for name, part in self.layers.items() if part.A is not None}
+        for name, part in parts.items():
+            largest = min(part.A.shape[0], part.B.shape[1])
+            if not 1 <= by <= largest - part.rank:
+                raise RankError(
+                    message(
+                        "clora_torch.expand",
+                        f"the rank of layer {name!r} can't grow by that",
+                        got=f"by={by} at rank {part.rank}",
+                        needed=f"1 <= by <= {largest - part.rank}",
+                        cause="a small layer among them, or a final rank passed for the growth",
+                        fix="expand by less, or leave small layers out of targets",
+                    )
+                )
+        rng = np.random.default_rng(int(torch.randint(2**62, ()).item()) if seed is None else seed)
+        for name, part in parts.items():
+            missing = part.rank + by - part.S.shape[-1]
+            if missing > 0:
+                part.add_spare(missing, rng, self.scale)
+                if self.tasks and name not in self._blind:
+                    self._blind.append(name)
+            part.set_rank(part.rank + by)
+        self._watch.forget(self._all())
+
+    def grow_head(self, name: str, by: int) -> None:
+        """Add ``by`` classes to a head between tasks. Their logits are 0 until they learn, in earlier tasks, too."""
+        if name not in self.layers or self.layers[name].A is not None:
+            heads = ", ".join(repr(n) for n, part in self.layers.items() if part.A is None) or "none"
+            raise _state("grow_head", f"there is no head {name!r} (heads: {heads})", "name it in attach(heads=...)")
+        if self._open is not None:
+            raise _state("grow_head", f"task {self._open!r} is open", "grow between tasks")
+        self._need_unmerged("grow_head")
+        self._need_whole("grow_head")
+        if by < 1:
+            raise OptionError(
+                message(
+                    "clora_torch.grow_head",
+                    "no class to add",
+                    got=f"by={by}",
+                    needed="by >= 1",
+                    cause="a task without new classes",
+                    fix="skip the call",
+                )
+            )
+        part: Any = self.layers[name]
+        part.add_outputs(by)
+        self.model.get_submodule(name).out_features = part.R_old.shape[0]
+        for snapshot in self._snapshots.values():
+            snapshot[name]["R_old"] = _padded(name, snapshot[name]["R_old"], part.R_old)
+        self._watch.forget(part.trained())
+
     # --- going back --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -366,10 +479,13 @@ class ContinualAdapter:
         if self._open is not None:
             raise _state("restore", f"task {self._open!r} is open", "end the task first")
         self._need_unmerged("restore")
+        settle(self.model)
         for n, fields in self._snapshot("restore", name).items():
             part = self.layers[n]
+            if part.A is not None:
+                part.set_rank(fields["R_old"].shape[-1])
             for field, value in fields.items():
-                getattr(part, field).copy_(value)
+                getattr(part, field).copy_(like(value, getattr(part, field)))
             part.R_delta.zero_()
 
     def _snapshot(self, verb: str, name: str) -> dict[str, dict[str, Tensor]]:
@@ -419,7 +535,7 @@ class ContinualAdapter:
         try:
             for n, part in self.layers.items():
                 base = self._base_routing(n, part)
-                stack = torch.stack([base if s is None else s[n]["R_old"].to(base.device) for s in snapshots])
+                stack = torch.stack([base if s is None else _padded(n, s[n]["R_old"], base) for s in snapshots])
                 part.R_rows = stack[index.to(stack.device)]
             yield
         finally:
@@ -430,8 +546,9 @@ class ContinualAdapter:
         if part.A is not None:
             return torch.zeros_like(part.R_old)
         module: Any = self.model.get_submodule(name)
-        columns = [module.weight] if module.bias is None else [module.weight, module.bias[:, None]]
-        return torch.cat([c.detach().to(part.R_old.dtype) for c in columns], dim=1)
+        weight, bias = full(module.weight), full(module.bias)
+        columns = [weight] if bias is None else [weight, bias[:, None]]
+        return _padded(name, torch.cat([c.detach().to(part.R_old.dtype) for c in columns], dim=1), part.R_old)
 
     # --- merging -----------------------------------------------------------------------------------------------
 
@@ -446,6 +563,11 @@ class ContinualAdapter:
     def _need_unmerged(self, verb: str) -> None:
         if self.merged:
             raise _state(verb, "the adapters are merged into the weights", "unmerge() first")
+
+    def _need_whole(self, verb: str) -> None:
+        settle(self.model)
+        for part in self.layers.values():
+            part.need_whole(verb)
 
     def merge(self, *, on_loss: str = "warn", max_loss: float = 0.1) -> dict[str, core.MergeReport]:
         """Merge every adapter into its weight, from the pristine weight and with one rounding.
@@ -472,6 +594,7 @@ class ContinualAdapter:
             raise _state("merge", f"task {self._open!r} is open", "end the task first")
         if self.merged:
             raise _state("merge", "the adapters are merged already", "unmerge() first")
+        self._need_whole("merge")
         names = {part: name for name, part in self.layers.items()}
         return _merge.merge(self._modules(), names, on_loss=on_loss, max_loss=max_loss)
 
@@ -483,9 +606,12 @@ class ContinualAdapter:
 
     def detach(self) -> nn.Module:
         """Take the adapters off: the original model, its layers' classes, weights and requires_grad."""
+        self._need_whole("detach")
         if self.merged:
             self.unmerge()
         for module in self._modules().values():
+            if module._clora_kind == "head":
+                module.out_features = module.weight.shape[0]
             module.__class__ = type(module)._clora_base
             del module._modules[CHILD]
         for parameter, flag in self._required_grad.items():
@@ -498,35 +624,52 @@ class ContinualAdapter:
     def state_dict(self) -> dict[str, Any]:
         """Everything of the adapter, an open task included, for torch.save; with the optimizer's state, work goes on.
 
-        The model's own state_dict holds the present adapter and memory, too, but neither tasks nor snapshots.
+        The model's own state_dict holds the present adapter and memory, too, but neither tasks nor snapshots. Under
+        fully_shard every process must call it, and each gets all of it; one of them saves.
         """
         self._need_unmerged("state_dict")
+        settle(self.model)
         return {
             "format": "clora_torch/1",
             "factors": self.factors,
             "tasks": list(self.tasks),
             "open": self._open,
             "unobserved": list(self._unobserved),
+            "blind": list(self._blind),
             "observed": self._observed,
-            "layers": {name: part.state_dict() for name, part in self.layers.items()},
+            "layers": {n: {k: full(t) for k, t in part.state_dict().items()} for n, part in self.layers.items()},
             "snapshots": self._snapshots,
         }
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`, on a model attached in the same way. Call `protect` afterwards, if used."""
+        """Continue from `state_dict`, on a model attached in the same way. Call `protect` afterwards, if used.
+
+        Where a task was open, ``with adapter.task(name)`` of the same name goes on with it.
+        """
         self._need_unmerged("load_state_dict")
         self._check_state(state)
+        settle(self.model)
         for name, part in self.layers.items():
-            part.load_state_dict(state["layers"][name])
-            part.recorded_versions = part.versions() if state["tasks"] else None
+            saved = state["layers"][name]["R_old"].shape
+            if part.A is not None:
+                part.set_rank(saved[-1])
+            elif saved[0] > part.R_old.shape[0]:
+                part.add_outputs(saved[0] - part.R_old.shape[0])
+                self.model.get_submodule(name).out_features = saved[0]  # type: ignore[assignment]
+            part.load_state_dict(_split_alike(state["layers"][name], part))
+            part.recorded = None
+            if state["tasks"]:
+                part.remember()
         device = {name: part.R_delta.device for name, part in self.layers.items()}
         self._snapshots = {
             task: {n: {f: t.to(device[n]).clone() for f, t in fields.items()} for n, fields in layers.items()}
             for task, layers in state["snapshots"].items()
         }
-        self.tasks, self._unobserved = list(state["tasks"]), list(state["unobserved"])
-        self._open, self._observed = state["open"], state["observed"]
+        self.tasks, self._unobserved, self._blind = (list(state[key]) for key in ("tasks", "unobserved", "blind"))
+        seen = state["observed"]
+        self._observed = None if seen is None else {n: C.to(device[n]) for n, C in seen.items()}
+        self._open = self._resumed = state["open"]
         if self._open is None:
             self._choose_trained()
         else:
@@ -547,10 +690,37 @@ class ContinualAdapter:
             strange = sorted(set(state["layers"]) ^ set(self.layers))
             raise no("other layers", ", ".join(strange[:8]) + " in one of the two only", "the same layers")
         for name, part in self.layers.items():
-            for key, value in part.state_dict().items():
-                got = tuple(state["layers"][name][key].shape)
-                if got != tuple(value.shape):
-                    raise no(f"{key} of {name!r} has another shape", str(got), str(tuple(value.shape)))
+            saved = state["layers"][name]
+            got, needed = _sizes(saved), _sizes(part.state_dict())
+            if part.A is None:  # a head may have grown
+                needed["d_out"] = max(needed["d_out"], got["d_out"])
+            if got != needed:
+                raise no(f"{name!r} has another size", str(got), str(needed))
+
+
+def _split_alike(values: Mapping[str, Tensor], part: LayerAdapter) -> dict[str, Tensor]:
+    """A layer's state for load_state_dict, split where fully_shard has split the layer's own."""
+    return {key: like(value, getattr(part, key)) for key, value in values.items()}
+
+
+def _padded(name: str, R: Tensor, like: Tensor) -> Tensor:
+    """A routing of an earlier, smaller rank (or head) at the present one."""
+    below, right = like.shape[0] - R.shape[0], like.shape[1] - R.shape[1]
+    if min(below, right) < 0:
+        raise _state(
+            "rows",
+            f"layer {name!r} is at the rank of an earlier task, below that of a task asked for",
+            "restore(adapter.tasks[-1]) first",
+        )
+    return functional.pad(R.to(like.device), (0, right, 0, below))
+
+
+def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
+    """Of one adapter's state: what can't change by `expand`."""
+    A, B, R = state.get("A"), state.get("B"), state["R_old"]
+    if A is None or B is None:
+        return {"d_out": R.shape[0], "d_in": R.shape[1]}
+    return {"d_out": A.shape[0], "d_in": B.shape[1], "max_rank": state["S"].shape[-1]}
 
 
 def _state(verb: str, what: str, fix: str) -> StateError:

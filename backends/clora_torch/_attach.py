@@ -14,8 +14,10 @@ from torch import nn
 import clora_core as core
 from clora_core.errors import OptionError, RankError, message
 
+from . import _attention  # noqa: F401  (registers its kind of layer)
 from ._adapter import FACTORS, ContinualAdapter
-from ._layers import CHILD, HALF, LayerAdapter, adapted_type, kind_of, matrix, refuse, sizes
+from ._layers import CHILD, adapted_type, kind_of, matrix, refuse, sizes, weight_name
+from ._part import HALF, LayerAdapter
 from ._targets import Pattern, Target, find, listed, matches
 
 log = logging.getLogger("clora_torch")
@@ -25,6 +27,7 @@ def attach(
     model: nn.Module,
     *,
     rank: int,
+    max_rank: int | None = None,
     targets: Pattern | Iterable[Pattern] = "all-linear",
     exclude: Pattern | Iterable[Pattern] = (),
     ranks: Mapping[Pattern, int] | None = None,
@@ -46,10 +49,14 @@ def attach(
         everything back.
     rank : int
         1 <= rank <= min(d_out, d_in) of every matched layer.
+    max_rank : int, optional
+        How far `ContinualAdapter.expand` may go with meter and protection exact: the directions for it are drawn now
+        and observed in every task. A layer with fewer inputs or outputs gets as many as it has.
     targets : str, compiled regex, or several
         A name, the end of a name at a dot ("query"), a glob ("encoder.*.query"), a compiled regex (searched), or
-        "all-linear" (all linear layers but the output layer). "c_attn[q]", "c_attn[0:768]" is one part of a fused
-        projection. Linear, transformers' Conv1D, Embedding, Conv1d to Conv3d.
+        "all-linear" (all linear layers but the output layer and the projections of nn.MultiheadAttention).
+        "c_attn[q]", "c_attn[0:768]", "in_proj_weight[v]" is one part of a fused projection. Linear, transformers'
+        Conv1D, Embedding, Conv1d to Conv3d, nn.MultiheadAttention (its in_proj_weight).
     exclude : the same
         Taken out of targets.
     ranks : mapping of pattern to int, optional
@@ -87,16 +94,17 @@ def attach(
     RankError
         A rank that does not fit a layer.
     """
-    _check(factors, scheme, train_routing, dropout)
+    _check(factors, scheme, train_routing, dropout, rank, max_rank)
     modules = dict(model.named_modules())
     heads = {n for n, m in modules.items() if isinstance(m, nn.Linear) and any(matches(n, p) for p in listed(heads))}
     found = find(model, targets, rank=rank, ranks=ranks or {}, exclude=exclude, heads=heads) if targets else []
-    for name in sorted({t.name for t in found} | heads):
+    names = sorted({t.name for t in found} | heads)
+    for name in names:
         refuse(name, modules[name], modules.get(name.rpartition(".")[0]))
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
     rng = np.random.default_rng(seed)
-    parts = {t: _part(t, modules[t.name], rng, scheme, scale, stop_old, dropout) for t in found}
+    parts = {t: _part(t, modules[t.name], rng, scheme, scale, stop_old, dropout, max_rank) for t in found}
 
     frozen = {p: p.requires_grad for p in model.parameters()}
     for parameter in frozen:
@@ -105,15 +113,18 @@ def attach(
     for target, part in parts.items():
         module: Any = modules[target.name]
         if CHILD not in module._modules:
-            module.__class__ = adapted_type("linear" if target.rows else _kind(module), type(module))
-            module.add_module(CHILD, nn.ModuleDict() if target.rows else part)
+            _adapt(module, nn.ModuleDict() if target.rows else part)
         if target.rows:
             module._modules[CHILD].add_module(f"{target.rows[0]}:{target.rows[1]}", part)
         layers[str(target)] = part
     for name in modules:
         if name in heads:
             layers[name] = head(modules[name])
-    adapter = ContinualAdapter(model, layers, frozen, factors, train_routing)
+    for name in names:
+        parent = modules.get(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention) and CHILD not in parent._modules:
+            _adapt(parent, nn.ModuleDict())  # so that it calls its out_proj
+    adapter = ContinualAdapter(model, layers, frozen, factors, train_routing, scale)
     log.info("%s", adapter)
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats for m in modules.values()):
         log.warning(
@@ -134,10 +145,11 @@ def head(module: Any) -> LayerAdapter:
     return part
 
 
-def _kind(module: nn.Module) -> str:
+def _adapt(module: nn.Module, child: nn.Module) -> None:
     kind = kind_of(module)
     assert kind is not None
-    return kind
+    module.__class__ = adapted_type(kind, type(module))
+    module.add_module(CHILD, child)
 
 
 def _part(
@@ -148,9 +160,10 @@ def _part(
     scale: float,
     stop_old: bool,
     dropout: float,
+    max_rank: int | None,
 ) -> LayerAdapter:
     d_out, d_in = sizes(module)
-    weight: Any = module.weight
+    weight: Any = getattr(module, weight_name(module))
     W = None
     if weight.is_floating_point():
         W = matrix(module).detach()
@@ -170,10 +183,14 @@ def _part(
         )
     like = {"dtype": torch.float32 if W is None else W.dtype, "device": weight.device}
     adapter = core.init_adapter(rng, d_out, d_in, target.rank, scheme=scheme, W=W, **like, xp=xp)
-    return LayerAdapter(adapter._replace(A=scale * adapter.A), rows=target.rows, stop_old=stop_old, dropout=dropout)
+    part = LayerAdapter(adapter._replace(A=scale * adapter.A), rows=target.rows, stop_old=stop_old, dropout=dropout)
+    spare = 0 if max_rank is None else min(max_rank, d_out, d_in) - target.rank
+    if spare > 0:
+        part.add_spare(spare, rng, scale)
+    return part
 
 
-def _check(factors: str, scheme: str, train_routing: bool, dropout: float) -> None:
+def _check(factors: str, scheme: str, train_routing: bool, dropout: float, rank: int, max_rank: int | None) -> None:
     def no(what: str, got: str, needed: str, cause: str, fix: str) -> OptionError:
         return OptionError(message("clora_torch.attach", what, got=got, needed=needed, cause=cause, fix=fix))
 
@@ -198,3 +215,11 @@ def _check(factors: str, scheme: str, train_routing: bool, dropout: float) -> No
         )
     if not 0.0 <= dropout < 1.0:
         raise no("dropout is no probability", repr(dropout), "0 <= dropout < 1", "a percentage", "pass for example 0.1")
+    if max_rank is not None and max_rank < rank:
+        raise no(
+            "no rank to grow to",
+            f"max_rank={max_rank}, rank={rank}",
+            "max_rank >= rank",
+            "the two exchanged",
+            "leave max_rank out, or raise it",
+        )

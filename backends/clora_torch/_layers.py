@@ -1,4 +1,4 @@
-"""What attach puts on a layer: the adapter's own arrays, and a subclass of the layer's class that uses them.
+"""What attach makes of a layer: a subclass of the layer's class that adds the part of its adapters.
 
 A layer keeps its identity, its weight and the names of its parameters; only its class is exchanged, as
 torch.nn.utils.parametrize and fully_shard do. Nothing of tasks lives here.
@@ -8,139 +8,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import array_api_compat.torch as xp
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-import clora_core as core
 from clora_core.errors import DTypeError, OptionError, StateError, message
 
 from ._function import adapted_linear, routed
+from ._part import LayerAdapter
 
 CHILD = "clora"
 _Module: Any = nn.Module if TYPE_CHECKING else object  # mixed in before a class that is one
-HALF = (torch.float16, torch.bfloat16)
-
-
-class LayerAdapter(nn.Module):
-    """The arrays of one adapter and of its memory; a child of the layer, so that they move and are saved with it.
-
-    Attributes
-    ----------
-    A, R_delta, B : Parameter
-        A and B are None for a head (identity factors).
-    R_old, S, P, q : buffers
-        The past, and `clora_core.Moments`, in float64 where the device has it.
-    rows : (int, int) or None
-        The rows of the weight that are adapted, for one part of a fused projection.
-    """
-
-    A: Any
-    B: Any
-    R_delta: nn.Parameter
-    R_old: Tensor
-    S: Tensor
-    P: Tensor
-    q: Tensor
-
-    def __init__(
-        self, adapter: core.Adapter, *, rows: tuple[int, int] | None = None, stop_old: bool = True, dropout: float = 0.0
-    ) -> None:
-        super().__init__()
-        A, R_old, R_delta, B = adapter
-        # Row-major, as its gradient comes: autograd would copy the gradient at every step into another layout.
-        self.A = None if A is None else nn.Parameter(A.contiguous())
-        self.B = None if B is None else nn.Parameter(B.contiguous())
-        self.R_delta = nn.Parameter(R_delta)
-        self.register_buffer("R_old", R_old.clone())  # a start of zeros may be one array for both routings
-        for name, array in zip(core.Moments._fields, core.empty_moments(wide(adapter), xp=xp), strict=True):
-            self.register_buffer(name, array)
-        self.rows, self.stop_old, self.dropout = rows, stop_old, dropout
-        self.enabled = True
-        self.R_rows: Tensor | None = None  # one routing for each row of the batch, while `rows(...)` is open
-        self.seen: tuple[Tensor, Tensor] | None = None  # sum of u u^T and of weights, while observing
-        self.mask: Tensor | None = None
-        self.recorded_versions: tuple[int, ...] | None = None
-        self.merged = False
-        # nn.TransformerEncoderLayer's fused inference reads weights past their modules unless something has a hook.
-        self.register_forward_pre_hook(_no_hook)
-
-    @property
-    def adapter(self) -> core.Adapter:
-        """The four arrays."""
-        return core.Adapter(self.A, self.R_old, self.R_delta, self.B)
-
-    @property
-    def moments(self) -> core.Moments:
-        """The memory."""
-        return core.Moments(self.S, self.P, self.q)
-
-    def trained(self) -> list[nn.Parameter]:
-        """Parameters that are not None."""
-        return [p for p in (self.A, self.R_delta, self.B) if p is not None]
-
-    def versions(self) -> tuple[int, ...]:
-        """Changes whenever a factor is written to."""
-        return tuple(factor._version for factor in (self.A, self.B) if factor is not None)
-
-    def observe(self, u: Tensor) -> None:
-        """Add the rows u (..., r) to the open observation."""
-        assert self.seen is not None
-        total, count = self.seen
-        flat = widen(u.reshape(-1, u.shape[-1]))
-        weights = None
-        if self.mask is not None and self.mask.shape == u.shape[:-1]:
-            weights = self.mask.reshape(-1).to(flat.dtype)
-        n = flat.new_tensor(float(flat.shape[0])) if weights is None else weights.sum()
-        C = core.second_moment(flat, weights=weights, xp=xp)
-        self.seen = (total + n * C, count + n)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> LayerAdapter:
-        """Moves follow the model; casts to half precision and casts of the memory do not."""
-        memory = {id(array) for array in self.moments}
-
-        def move(t: Tensor) -> Tensor:
-            out = fn(t)
-            if out.dtype != t.dtype and (out.dtype in HALF or id(t) in memory):
-                return t.to(out.device)
-            return out
-
-        return super()._apply(move, recurse)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if not self.merged:  # a merged model's state is that of the plain model
-            super()._save_to_state_dict(*args, **kwargs)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if self.merged:
-            raise StateError(
-                message(
-                    "clora_torch.load_state_dict",
-                    "the adapters are merged into the weights",
-                    got="a load into a merged model",
-                    needed="an unmerged model",
-                    cause="merge() without unmerge()",
-                    fix="call adapter.unmerge() first",
-                )
-            )
-        super()._load_from_state_dict(*args, **kwargs)
-        if self.recorded_versions is not None:  # factors and memory came together
-            self.recorded_versions = self.versions()
-
-
-def _no_hook(module: nn.Module, args: Any) -> None:
-    """Only its presence matters."""
-
-
-def widen(array: Tensor) -> Tensor:
-    """float64, or the array itself on a device that has none."""
-    return array if array.device.type == "mps" else array.to(torch.float64)
-
-
-def wide(adapter: core.Adapter) -> core.Adapter:
-    """The adapter's values in float64 where there is one, without their history."""
-    return core.Adapter(*(None if array is None else widen(array.detach()) for array in adapter))
 
 
 class Adapted(_Module):
@@ -177,6 +55,17 @@ class Adapted(_Module):
                         fix="call model.to(device) after attach, and move the batch",
                     )
                 )
+            if part.R_delta.dtype != part.R_old.dtype:
+                raise StateError(
+                    message(
+                        f"clora_torch.{type(self).__name__}",
+                        "what learns is in another precision than the past",
+                        got=f"R_delta {part.R_delta.dtype}, R_old {part.R_old.dtype}",
+                        needed="one precision: folding would change the function",
+                        cause="fully_shard with MixedPrecisionPolicy(param_dtype=...)",
+                        fix="leave param_dtype out; load the base model in bfloat16, or train under torch.autocast",
+                    )
+                )
         return parts
 
 
@@ -197,7 +86,7 @@ def update_of(down: Any, x: Tensor, part: LayerAdapter) -> Tensor:
     """What one adapter adds to its layer's output, channels last; see `routed`. Keeps u if it is being observed."""
     if part.seen is not None:
         with torch.no_grad():
-            part.observe(down(x, part.B))
+            part.observe(down(x, part.whole.B))
     if part.R_rows is None:
         drop = part.dropout if part.training else 0.0
         return routed(down, x, part.adapter, stop_old=part.stop_old, dropout=drop)
@@ -205,6 +94,14 @@ def update_of(down: Any, x: Tensor, part: LayerAdapter) -> Tensor:
     if u.shape[0] != part.R_rows.shape[0]:
         raise _rows_error(u.shape[0], part.R_rows.shape[0])
     return (u.reshape(u.shape[0], -1, u.shape[-1]) @ part.R_rows.mT).reshape(u.shape) @ part.A.T
+
+
+def add_update(y: Tensor, update: Tensor, rows: tuple[int, int] | None) -> Tensor:
+    """The layer's output with an update of some of its last axis, or all of it."""
+    if rows is None:
+        return y + update
+    before, own, after = y.tensor_split(rows, dim=-1)
+    return torch.cat([before, own + update, after], dim=-1)
 
 
 class AdaptedLinear(Adapted):
@@ -228,11 +125,7 @@ class AdaptedLinear(Adapted):
         for part in parts:
             with torch.autocast(x.device.type, enabled=False):
                 update = update_of(functional.linear, x.to(part.B.dtype), part).to(y.dtype)
-            if part.rows is not None:
-                before, own, after = y.tensor_split(part.rows, dim=-1)
-                y = torch.cat([before, own + update, after], dim=-1)
-            else:
-                y = y + update
+            y = add_update(y, update, part.rows)
         return y
 
 
@@ -334,6 +227,8 @@ def kind_of(module: Any) -> str | None:
         return "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if isinstance(module, nn.MultiheadAttention):
+        return "attention"
     convolution = isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
     return "conv" if convolution else None
 
@@ -347,7 +242,8 @@ def refuse(name: str, module: Any, parent: nn.Module | None) -> None:
             "clora_torch.attach",
             f"layer {name!r} can't be adapted",
             got=got,
-            needed="Linear, transformers' Conv1D, Embedding or Conv1d to Conv3d, with a floating weight of its own",
+            needed="Linear, transformers' Conv1D, Embedding, Conv1d to Conv3d or MultiheadAttention, with a floating "
+            "weight of its own",
             cause=reason,
             fix=fix,
         )
@@ -366,12 +262,12 @@ def refuse(name: str, module: Any, parent: nn.Module | None) -> None:
         )
     if kind_of(module) is None:
         raise no("a layer of another type", "leave it out of targets")
-    if isinstance(parent, nn.MultiheadAttention):
-        raise no(
-            "nn.MultiheadAttention reads the weights of its projections without calling them",
-            "leave it out, or use an attention written with nn.Linear",
-        )
-    weight = module.weight
+    for attention in (module, parent):
+        if isinstance(attention, nn.MultiheadAttention) and (attention.bias_k is not None or attention.add_zero_attn):
+            raise no("an attention with bias_k, bias_v or add_zero_attn", "leave it out of targets")
+    if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is None:
+        raise no("an attention with kdim or vdim has no fused projection", "leave it out of targets")
+    weight = getattr(module, weight_name(module))
     if not isinstance(weight, Tensor) or weight.device.type == "meta":
         raise no("the weight is not loaded yet (device meta)", "attach after loading the weights", StateError)
     if not weight.is_floating_point() and hasattr(module, "quant_state"):
@@ -394,9 +290,14 @@ def _quantised(module: Any) -> bool:
     return isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes")
 
 
+def weight_name(module: Any) -> str:
+    """The attribute that holds the weight."""
+    return "in_proj_weight" if isinstance(module, nn.MultiheadAttention) else "weight"
+
+
 def matrix(module: Any) -> Tensor:
     """The weight as the matrix W (d_out, d_in) that A R B is added to, a view."""
-    W = module.weight
+    W = getattr(module, weight_name(module))
     kind = kind_of(module)
     if kind == "embedding" or is_conv1d(type(module)):
         return W.T
@@ -416,4 +317,4 @@ def set_matrix(module: Any, W: Tensor) -> Tensor:
     kind = kind_of(module)
     if kind == "embedding" or is_conv1d(type(module)):
         return W.T.contiguous()
-    return W.reshape(module.weight.shape).contiguous()
+    return W.reshape(getattr(module, weight_name(module)).shape).contiguous()

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import clora_core as core
 from clora_core.errors import DTypeError, InvalidValueError, OptionError, message
 
-from ._layers import HALF, LayerAdapter, matrix, set_matrix
+from ._layers import matrix, set_matrix, weight_name
+from ._part import HALF, LayerAdapter
 
 ON_LOSS = ("warn", "raise", "ignore")
 
@@ -30,7 +31,7 @@ def merge(
         if module._clora_kind == "head":
             weights[name] = _head(module)
             continue
-        weights[name] = {"weight": _weight(name, module, names, reports)}
+        weights[name] = {weight_name(module): _weight(name, module, names, reports)} if module.parts() else {}
     lossy = {name: float(report.error) for name, report in reports.items() if float(report.error) > max_loss}
     if lossy and on_loss != "ignore":
         worst = max(lossy, key=lossy.__getitem__)

@@ -11,7 +11,8 @@ from torch import Tensor, distributed, nn
 
 from clora_core.errors import InvalidValueError, OptionError, StateError, message
 
-from ._layers import LayerAdapter, widen
+from ._distributed import add_up, fingerprint, processes, settle, sharded
+from ._part import LayerAdapter, widen
 
 Mask = str | Callable[[Any], Tensor] | None
 
@@ -26,16 +27,30 @@ def observe(
 ) -> dict[str, Tensor]:
     """Second moments C of every layer; see `ContinualAdapter.observe`."""
     device = next(iter(layers.values())).R_delta.device
-    count = 0
+    together = processes() > 1 and bool(sharded(model))  # no process can make a forward pass alone
+    count, batch = 0, None
+
+    def run() -> None:
+        rows = _mask(batch, mask)
+        for part in layers.values():
+            part.mask = rows
+        (forward or call)(model, batch)
+
     with _watching(model, layers.values()):
         for batch in batches:
             batch = moved(batch, device)
-            rows = _mask(batch, mask)
-            for part in layers.values():
-                part.mask = rows
-            (forward or call)(model, batch)
+            if together:
+                _some_have(True, not count, device)
+            run()
             count += 1
         sums = {name: part.seen for name, part in layers.items()}
+        while together and _some_have(False, not count, device):
+            run()  # the last batch again, uncounted
+    settle(model)
+    if processes() > 1:  # all of it before anything raises, so that all processes raise alike
+        _need_alike(layers.values(), device)
+        sums = {name: _added(*seen) for name, seen in sums.items() if seen is not None}
+        count = int(add_up(torch.tensor(count, device=device)))
     if not count:
         raise StateError(
             message(
@@ -56,7 +71,7 @@ def _watching(model: nn.Module, parts: Iterable[LayerAdapter]) -> Iterator[None]
     parts = list(parts)
     modes = {module: module.training for module in model.modules()}
     for part in parts:
-        r = part.R_delta.shape[-1]
+        r = part.S.shape[-1]
         zero = widen(torch.zeros((r, r), device=part.R_delta.device))
         part.seen = (zero, zero.new_zeros(()))
     try:
@@ -70,10 +85,47 @@ def _watching(model: nn.Module, parts: Iterable[LayerAdapter]) -> Iterator[None]
             module.training = mode
 
 
+def _some_have(own: bool, first: bool, device: torch.device) -> bool:
+    """Whether any process has a batch left."""
+    having = int(add_up(torch.tensor(int(own), device=device)))
+    if first and 0 < having < processes():
+        raise StateError(
+            message(
+                "clora_torch.observe",
+                "some processes have no batch",
+                got=f"batches in {having} of {processes()} processes",
+                needed="at least one in each, under fully_shard",
+                cause="fewer batches than processes",
+                fix="pass smaller batches, or the same batches in every process: the mean does not change",
+            )
+        )
+    return having > 0
+
+
+def _added(total: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
+    both = add_up(torch.cat([total.reshape(-1), count.reshape(1)]))
+    return both[:-1].reshape(total.shape), both[-1]
+
+
+def _need_alike(parts: Iterable[LayerAdapter], device: torch.device) -> None:
+    own = fingerprint(array for part in parts for array in (part.R_old, part.R_delta)).to(device)
+    bounds = torch.stack([own, -own])
+    distributed.all_reduce(bounds, distributed.ReduceOp.MAX)
+    if bool(bounds.sum() != 0):
+        raise StateError(
+            message(
+                "clora_torch.observe",
+                "the processes have different adapters",
+                got="routings with other bits",
+                needed="the same in every process",
+                cause="the model was called in place of its DistributedDataParallel wrapper, so that gradients were "
+                "not averaged; or processes seeded differently",
+                fix="call the wrapper while training; seed every process alike before making the model",
+            )
+        )
+
+
 def _mean(name: str, total: Tensor, count: Tensor) -> Tensor:
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.all_reduce(total)
-        distributed.all_reduce(count)
     if not bool(count > 0):
         raise StateError(
             message(

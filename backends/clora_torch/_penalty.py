@@ -11,7 +11,8 @@ from torch import Tensor
 
 import clora_core as core
 
-from ._layers import LayerAdapter
+from ._distributed import full
+from ._part import LayerAdapter
 
 
 class Group(NamedTuple):
@@ -35,7 +36,7 @@ def groups(layers: Mapping[str, LayerAdapter]) -> list[Group]:
 
 def _group(parts: list[LayerAdapter]) -> Group:
     dtype, head = parts[0].R_delta.dtype, parts[0].A is None
-    factors = [part.A.detach() for part in parts if part.A is not None]
+    factors = [full(part.A).detach() for part in parts if part.A is not None]
     # A enters through K = A^T A alone, so the r x r factor of its QR decomposition serves for all of A.
     root = None if head else torch.stack([torch.linalg.qr(A, mode="r").R for A in factors])
     fields = zip(*(part.moments for part in parts), strict=True)
@@ -45,6 +46,6 @@ def _group(parts: list[LayerAdapter]) -> Group:
 
 def drift(group: Group, since: str) -> Tensor:
     """The forgetting meter of each layer of the group, differentiable in R_delta."""
-    R_delta = torch.stack([part.R_delta for part in group.parts])
+    R_delta = torch.stack([full(part.R_delta) for part in group.parts])
     adapter = core.Adapter(group.root, group.R_old, R_delta, group.root)
     return core.drift(adapter, group.moments, since=since, xp=xp)

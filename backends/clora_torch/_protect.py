@@ -9,14 +9,15 @@ from typing import Any
 
 import array_api_compat.torch as xp
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import clora_core as core
 from clora_core.errors import OptionError, message
 
-from ._layers import LayerAdapter
+from ._distributed import own_rows
+from ._part import LayerAdapter
 
 
 class Watch:
@@ -26,8 +27,8 @@ class Watch:
     later, fused and foreach steps, and is not called for steps that GradScaler skips.
     """
 
-    def __init__(self, parameters: Iterable[Tensor], after: Callable[[Optimizer], None]) -> None:
-        self._ours = {id(p) for p in parameters}
+    def __init__(self, parameters: Callable[[], list[nn.Parameter]], after: Callable[[Optimizer], None]) -> None:
+        self._parameters = weakref.WeakMethod(parameters)  # asked each time: fully_shard puts others in their places
         self._known: weakref.WeakKeyDictionary[Optimizer, tuple[int, bool]] = weakref.WeakKeyDictionary()
         self.after = weakref.WeakMethod(after)
         _hook_once()
@@ -37,7 +38,9 @@ class Watch:
         """Whether the optimizer holds a parameter of the adapter."""
         size = sum(len(group["params"]) for group in optimizer.param_groups)
         if self._known.get(optimizer, (-1, False))[0] != size:
-            ours = any(id(p) in self._ours for group in optimizer.param_groups for p in group["params"])
+            parameters = self._parameters()
+            own = {id(p) for p in parameters()} if parameters is not None else set()
+            ours = any(id(p) in own for group in optimizer.param_groups for p in group["params"])
             self._known[optimizer] = (size, ours)
         return self._known[optimizer][1]
 
@@ -95,22 +98,23 @@ class Projection:
         found: dict[tuple[object, ...], list[tuple[LayerAdapter, core.Basis]]] = {}
         self.full: list[str] = []
         for name, part in layers.items():
-            basis = core.protected_basis(part.S, energy=energies[name], xp=xp)
+            basis = core.protected_basis(part.moments.S, energy=energies[name], xp=xp)
             if bool((basis.weights > 0).all()):
                 self.full.append(name)
-            R = part.R_delta
+            R = own_rows(part.R_delta)  # rows are projected one by one
             key = (tuple(R.shape), R.dtype, R.device)
             found.setdefault(key, []).append((part, core.Basis(*(a.to(R.dtype) for a in basis))))
-        self._stacks: list[tuple[list[Tensor], core.Basis]] = []
+        self._stacks: list[tuple[list[LayerAdapter], core.Basis]] = []
         for entries in found.values():
             fields = zip(*(basis for _, basis in entries), strict=True)
-            values: list[Tensor] = [part.R_delta for part, _ in entries]
-            self._stacks.append((values, core.Basis(*(torch.stack(list(field)) for field in fields))))
+            parts = [part for part, _ in entries]
+            self._stacks.append((parts, core.Basis(*(torch.stack(list(field)) for field in fields))))
 
     @torch.no_grad()
     def __call__(self) -> None:
         """Project every value in place."""
-        for values, basis in self._stacks:
+        for parts, basis in self._stacks:
+            values = [own_rows(part.R_delta) for part in parts]
             projected = core.project(torch.stack(values), basis, xp=xp)
             for value, new in zip(values, projected.unbind(), strict=True):
                 value.copy_(new)

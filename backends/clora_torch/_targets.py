@@ -12,7 +12,7 @@ from torch import nn
 
 from clora_core.errors import OptionError, message
 
-from ._layers import kind_of, sizes
+from ._layers import kind_of, sizes, weight_name
 
 THIRDS = {"q": 0, "k": 1, "v": 2}
 SLICE = re.compile(r"(?P<name>.*)\[(?:(?P<third>[qkv])|(?P<start>\d+):(?P<stop>\d+))\]")
@@ -42,6 +42,16 @@ def matches(name: str, pattern: Pattern) -> bool:
     return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*.{pattern}")
 
 
+def named(model: nn.Module, pattern: Pattern) -> list[str]:
+    """Modules whose name matches; a fused projection of nn.MultiheadAttention goes by the name of its weight, too."""
+    found = []
+    for name, module in model.named_modules():
+        own = f"{name}.{weight_name(module)}" if isinstance(module, nn.MultiheadAttention) else name
+        if matches(name, pattern) or matches(own.removeprefix("."), pattern):
+            found.append(name)
+    return found
+
+
 def all_linear(model: nn.Module) -> list[str]:
     """Every linear layer but the model's output layer and the projections nn.MultiheadAttention reads by itself."""
     head = getattr(model, "get_output_embeddings", lambda: None)()
@@ -69,7 +79,7 @@ def find(
     for pattern in listed(patterns):
         part = SLICE.fullmatch(pattern) if isinstance(pattern, str) else None
         plain: Pattern = part["name"] if part else pattern
-        names = all_linear(model) if pattern == "all-linear" else [n for n in modules if matches(n, plain)]
+        names = all_linear(model) if pattern == "all-linear" else named(model, plain)
         if pattern != "all-linear" and len(names) > 1:  # a container may share its name's end with a layer
             names = [n for n in names if kind_of(modules[n]) is not None] or names
         names = [n for n in names if not any(matches(n, e) for e in excluded) and n not in heads]
@@ -86,7 +96,7 @@ def find(
 
 
 def _rows(name: str, module: nn.Module, part: re.Match[str]) -> tuple[int, int]:
-    d_out, _ = sizes(module) if kind_of(module) == "linear" else (0, 0)
+    d_out, _ = sizes(module) if kind_of(module) in ("linear", "attention") else (0, 0)
     if part["third"]:
         third = d_out // 3
         start, stop = THIRDS[part["third"]] * third, (THIRDS[part["third"]] + 1) * third
@@ -100,7 +110,8 @@ def _rows(name: str, module: nn.Module, part: re.Match[str]) -> tuple[int, int]:
                 "clora_torch.attach",
                 f"{part[0]!r} is no slice of layer {name!r}",
                 got=f"a layer with {d_out} outputs" if d_out else f"a {type(module).__name__}",
-                needed="a linear layer; [q], [k], [v] where the outputs are three equal parts, else [start:stop]",
+                needed="a linear layer or fused projection; [q], [k], [v] where its outputs are three equal parts, "
+                "else [start:stop]",
                 cause="grouped key and value heads, or a fused layer with other parts",
                 fix="give the rows of the weight, for instance 'c_attn[0:768]'",
             )
