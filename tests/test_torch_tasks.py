@@ -523,7 +523,7 @@ def test_load_refuses_another_adapter() -> None:
     state = attach(network()).state_dict()
     for options, words in (
         ({"rank": 4}, "'0' has another size"),
-        ({"max_rank": 12}, "'max_rank': 12"),
+        ({"max_rank": 12}, "'S': (8, 8)"),
         ({"targets": ["0"]}, "Got 2 in one of the two only"),
         ({"factors": "never"}, "Got 'first-task'; needed 'never'"),
     ):
@@ -533,6 +533,25 @@ def test_load_refuses_another_adapter() -> None:
             adapter.load_state_dict(state)
         assert words in str(caught.value)
         assert all(torch.equal(adapter.model.state_dict()[k], v) for k, v in before.items())
+
+
+@pytest.mark.parametrize("where", [("layers",), ("snapshots", "done"), ("layers", "0", "P"), ("tasks",), ("blind",)])
+def test_load_refuses_a_state_with_something_missing(where: tuple[str, ...]) -> None:
+    """A damaged state is refused before anything is loaded."""
+    adapter = attach(network())
+    finished(adapter)
+    state = copy.deepcopy(adapter.state_dict())
+    *path, last = where
+    inner = state
+    for key in path:
+        inner = inner[key]
+    del inner[last]
+    other = attach(network(1))
+    before = {k: v.clone() for k, v in other.model.state_dict().items()}
+    with pytest.raises(StateError, match="load_state_dict"):
+        other.load_state_dict(state)
+    assert all(torch.equal(other.model.state_dict()[k], v) for k, v in before.items())
+    assert other.tasks == []
 
 
 def test_rows_wants_a_name_for_each_row() -> None:

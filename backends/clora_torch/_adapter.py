@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,14 +12,14 @@ import array_api_compat.torch as xp
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 
 import clora_core as core
-from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, RankError, StateError, message
+from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, message
 
-from . import _merge, _penalty
+from . import _growth, _merge, _penalty, _state
 from ._distributed import full, like, settle
+from ._errors import out_of_order
 from ._layers import CHILD, Adapted
 from ._observe import Mask, observe
 from ._part import LayerAdapter, wide, widen
@@ -129,7 +128,7 @@ class ContinualAdapter:
         except BaseException:
             settle(self.model)
             for n, part in self.layers.items():
-                part.load_state_dict(_split_alike(before[n], part))
+                part.load_state_dict(_state.split_alike(before[n], part))
             self._watch.forget(self._all())
             self._open, self._observed, self._resumed = resumed, None, resumed
             self._choose_trained()
@@ -140,9 +139,9 @@ class ContinualAdapter:
     def begin_task(self, name: str) -> None:
         """Fold what is in R_delta, start it from zero, clear its optimizer state, choose the protected directions."""
         if self._open is not None:
-            raise _state("begin_task", f"task {self._open!r} is still open", "end_task() first")
+            raise out_of_order("begin_task", f"task {self._open!r} is still open", "end_task() first")
         if name in self._snapshots:
-            raise _state("begin_task", f"a task named {name!r} is finished already", "choose another name")
+            raise out_of_order("begin_task", f"a task named {name!r} is finished already", "choose another name")
         self._need_unmerged("begin_task")
         if self.tasks:  # before the first task R_delta may hold the start itself, which must stay learnable
             self._fold()
@@ -169,7 +168,9 @@ class ContinualAdapter:
     def end_task(self) -> None:
         """Fold R_delta, add what was observed to the memory, and keep a snapshot of the routing for `restore`."""
         if self._open is None:
-            raise _state("end_task", "no task is open", "begin_task(name) first, or use `with adapter.task(name)`")
+            raise out_of_order(
+                "end_task", "no task is open", "begin_task(name) first, or use `with adapter.task(name)`"
+            )
         self._check_finite()
         self._fold()
         if self._observed is None:
@@ -229,14 +230,14 @@ class ContinualAdapter:
         processes where torch.distributed is initialised. A training step after this makes it void.
         """
         if self._open is None:
-            raise _state("observe", "no task is open", "observe inside `with adapter.task(name)`, after training")
+            raise out_of_order("observe", "no task is open", "observe inside `with adapter.task(name)`, after training")
         self._observed = observe(self.model, self.layers, batches, forward=forward, mask=mask)
 
     # --- memory ------------------------------------------------------------------------------------------------
 
     def _need_moments(self, verb: str) -> None:
         if self.factors == "every-task":
-            raise _state(
+            raise out_of_order(
                 verb,
                 "the factors learn in every task (factors='every-task'), so second moments are stale",
                 "attach with factors='first-task' or 'never'",
@@ -265,7 +266,7 @@ class ContinualAdapter:
             )
         for name, part in self.layers.items():
             if part.moved():
-                raise _state(
+                raise out_of_order(
                     verb,
                     f"A or B of layer {name!r} moved after tasks were recorded, so second moments are stale",
                     "leave A and B alone after the first task; restore() brings back routings, not factors",
@@ -311,7 +312,7 @@ class ContinualAdapter:
                 )
             )
         if self._open is None:
-            raise _state("penalty", "no task is open", "call it inside `with adapter.task(name)`")
+            raise out_of_order("penalty", "no task is open", "call it inside `with adapter.task(name)`")
         settle(self.model)
         total = next(iter(self.layers.values())).R_old.new_zeros((), requires_grad=torch.is_grad_enabled())
         if kind == "orthogonality":
@@ -360,7 +361,7 @@ class ContinualAdapter:
         self._need_moments("protect")
         optimizer = unwrapped(optimizer)
         if not self._watch.steps(optimizer):
-            raise _state(
+            raise out_of_order(
                 "protect",
                 "the optimizer steps no parameter of this adapter",
                 "make it from adapter.parameters(), after fully_shard where that is used",
@@ -411,61 +412,11 @@ class ContinualAdapter:
         Parameters stay the same objects with new shapes, and optimizers drop what they hold of them. The output is the
         same within `clora_core.bounds` (sums of another length); `restore` still gives each task's bits.
         """
-        by = operator.index(by)
-        if self._open is not None:
-            raise _state("expand", f"task {self._open!r} is open", "expand between tasks")
-        self._need_unmerged("expand")
-        self._need_whole("expand")
-        parts = {name: part for name, part in self.layers.items() if part.A is not None}
-        for name, part in parts.items():
-            largest = min(part.A.shape[0], part.B.shape[1])
-            if not 1 <= by <= largest - part.rank:
-                raise RankError(
-                    message(
-                        "clora_torch.expand",
-                        f"the rank of layer {name!r} can't grow by that",
-                        got=f"by={by} at rank {part.rank}",
-                        needed=f"1 <= by <= {largest - part.rank}",
-                        cause="a small layer among them, or a final rank passed for the growth",
-                        fix="expand by less, or leave small layers out of targets",
-                    )
-                )
-        rng = np.random.default_rng(int(torch.randint(2**62, ()).item()) if seed is None else seed)
-        for name, part in parts.items():
-            missing = part.rank + by - part.S.shape[-1]
-            if missing > 0:
-                part.add_spare(missing, rng, self.scale)
-                if self.tasks and name not in self._blind:
-                    self._blind.append(name)
-            part.set_rank(part.rank + by)
-        self._watch.forget(self._all())
+        _growth.expand(self, by, seed)
 
     def grow_head(self, name: str, by: int) -> None:
         """Add ``by`` classes to a head between tasks. Their logits are 0 until they learn, in earlier tasks, too."""
-        if name not in self.layers or self.layers[name].A is not None:
-            heads = ", ".join(repr(n) for n, part in self.layers.items() if part.A is None) or "none"
-            raise _state("grow_head", f"there is no head {name!r} (heads: {heads})", "name it in attach(heads=...)")
-        if self._open is not None:
-            raise _state("grow_head", f"task {self._open!r} is open", "grow between tasks")
-        self._need_unmerged("grow_head")
-        self._need_whole("grow_head")
-        if by < 1:
-            raise OptionError(
-                message(
-                    "clora_torch.grow_head",
-                    "no class to add",
-                    got=f"by={by}",
-                    needed="by >= 1",
-                    cause="a task without new classes",
-                    fix="skip the call",
-                )
-            )
-        part: Any = self.layers[name]
-        part.add_outputs(by)
-        self.model.get_submodule(name).out_features = part.R_old.shape[0]
-        for snapshot in self._snapshots.values():
-            snapshot[name]["R_old"] = _padded(name, snapshot[name]["R_old"], part.R_old)
-        self._watch.forget(part.trained())
+        _growth.grow_head(self, name, by)
 
     # --- going back --------------------------------------------------------------------------------------------
 
@@ -477,7 +428,7 @@ class ContinualAdapter:
         BatchNorm, say, move in train mode. ``restore(adapter.tasks[-1])`` comes back to the present.
         """
         if self._open is not None:
-            raise _state("restore", f"task {self._open!r} is open", "end the task first")
+            raise out_of_order("restore", f"task {self._open!r} is open", "end the task first")
         self._need_unmerged("restore")
         settle(self.model)
         for n, fields in self._snapshot("restore", name).items():
@@ -490,7 +441,7 @@ class ContinualAdapter:
 
     def _snapshot(self, verb: str, name: str) -> dict[str, dict[str, Tensor]]:
         if name not in self._snapshots:
-            raise _state(
+            raise out_of_order(
                 verb,
                 f"there is no finished task {name!r} (finished: {', '.join(map(repr, self.tasks)) or 'none'})",
                 "pass the name of a finished task",
@@ -523,7 +474,7 @@ class ContinualAdapter:
         One x B^T and one A for the whole batch; in between, one r x r product per row with its task's routing.
         """
         if self.factors == "every-task":
-            raise _state(
+            raise out_of_order(
                 "rows",
                 "tasks have different factors (factors='every-task'), so that no product can be shared",
                 "attach with factors='first-task' or 'never', or restore() one task after the other",
@@ -535,7 +486,7 @@ class ContinualAdapter:
         try:
             for n, part in self.layers.items():
                 base = self._base_routing(n, part)
-                stack = torch.stack([base if s is None else _padded(n, s[n]["R_old"], base) for s in snapshots])
+                stack = torch.stack([base if s is None else _growth.padded(n, s[n]["R_old"], base) for s in snapshots])
                 part.R_rows = stack[index.to(stack.device)]
             yield
         finally:
@@ -548,7 +499,7 @@ class ContinualAdapter:
         module: Any = self.model.get_submodule(name)
         weight, bias = full(module.weight), full(module.bias)
         columns = [weight] if bias is None else [weight, bias[:, None]]
-        return _padded(name, torch.cat([c.detach().to(part.R_old.dtype) for c in columns], dim=1), part.R_old)
+        return _growth.padded(name, torch.cat([c.detach().to(part.R_old.dtype) for c in columns], dim=1), part.R_old)
 
     # --- merging -----------------------------------------------------------------------------------------------
 
@@ -562,7 +513,7 @@ class ContinualAdapter:
 
     def _need_unmerged(self, verb: str) -> None:
         if self.merged:
-            raise _state(verb, "the adapters are merged into the weights", "unmerge() first")
+            raise out_of_order(verb, "the adapters are merged into the weights", "unmerge() first")
 
     def _need_whole(self, verb: str) -> None:
         settle(self.model)
@@ -591,9 +542,9 @@ class ContinualAdapter:
         state_dict is that of the plain model. If anything raises, nothing has changed.
         """
         if self._open is not None:
-            raise _state("merge", f"task {self._open!r} is open", "end the task first")
+            raise out_of_order("merge", f"task {self._open!r} is open", "end the task first")
         if self.merged:
-            raise _state("merge", "the adapters are merged already", "unmerge() first")
+            raise out_of_order("merge", "the adapters are merged already", "unmerge() first")
         self._need_whole("merge")
         names = {part: name for name, part in self.layers.items()}
         return _merge.merge(self._modules(), names, on_loss=on_loss, max_loss=max_loss)
@@ -601,7 +552,7 @@ class ContinualAdapter:
     def unmerge(self) -> None:
         """Put every pristine weight back: the same Parameters, so the same bits."""
         if not self.merged:
-            raise _state("unmerge", "the adapters are not merged", "merge() first")
+            raise out_of_order("unmerge", "the adapters are not merged", "merge() first")
         _merge.unmerge(self._modules())
 
     def detach(self) -> nn.Module:
@@ -627,110 +578,11 @@ class ContinualAdapter:
         The model's own state_dict holds the present adapter and memory, too, but neither tasks nor snapshots. Under
         fully_shard every process must call it, and each gets all of it; one of them saves.
         """
-        self._need_unmerged("state_dict")
-        settle(self.model)
-        return {
-            "format": "clora_torch/1",
-            "factors": self.factors,
-            "tasks": list(self.tasks),
-            "open": self._open,
-            "unobserved": list(self._unobserved),
-            "blind": list(self._blind),
-            "observed": self._observed,
-            "layers": {n: {k: full(t) for k, t in part.state_dict().items()} for n, part in self.layers.items()},
-            "snapshots": self._snapshots,
-        }
+        return _state.dump(self)
 
-    @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`, on a model attached in the same way. Call `protect` afterwards, if used.
 
         Where a task was open, ``with adapter.task(name)`` of the same name goes on with it.
         """
-        self._need_unmerged("load_state_dict")
-        self._check_state(state)
-        settle(self.model)
-        for name, part in self.layers.items():
-            saved = state["layers"][name]["R_old"].shape
-            if part.A is not None:
-                part.set_rank(saved[-1])
-            elif saved[0] > part.R_old.shape[0]:
-                part.add_outputs(saved[0] - part.R_old.shape[0])
-                self.model.get_submodule(name).out_features = saved[0]  # type: ignore[assignment]
-            part.load_state_dict(_split_alike(state["layers"][name], part))
-            part.recorded = None
-            if state["tasks"]:
-                part.remember()
-        device = {name: part.R_delta.device for name, part in self.layers.items()}
-        self._snapshots = {
-            task: {n: {f: t.to(device[n]).clone() for f, t in fields.items()} for n, fields in layers.items()}
-            for task, layers in state["snapshots"].items()
-        }
-        self.tasks, self._unobserved, self._blind = (list(state[key]) for key in ("tasks", "unobserved", "blind"))
-        seen = state["observed"]
-        self._observed = None if seen is None else {n: C.to(device[n]) for n, C in seen.items()}
-        self._open = self._resumed = state["open"]
-        if self._open is None:
-            self._choose_trained()
-        else:
-            self._prepare()
-
-    def _check_state(self, state: Mapping[str, Any]) -> None:
-        def no(what: str, got: str, needed: str) -> StateError:
-            cause, fix = "another model, rank, targets or factors", "attach as the saved adapter was, then load"
-            return StateError(
-                message("clora_torch.load_state_dict", what, got=got, needed=needed, cause=cause, fix=fix)
-            )
-
-        if state.get("format") != "clora_torch/1":
-            raise no("this is no state of an adapter", repr(state.get("format")), "'clora_torch/1'")
-        if state["factors"] != self.factors:
-            raise no("another factors mode", repr(state["factors"]), repr(self.factors))
-        if set(state["layers"]) != set(self.layers):
-            strange = sorted(set(state["layers"]) ^ set(self.layers))
-            raise no("other layers", ", ".join(strange[:8]) + " in one of the two only", "the same layers")
-        for name, part in self.layers.items():
-            saved = state["layers"][name]
-            got, needed = _sizes(saved), _sizes(part.state_dict())
-            if part.A is None:  # a head may have grown
-                needed["d_out"] = max(needed["d_out"], got["d_out"])
-            if got != needed:
-                raise no(f"{name!r} has another size", str(got), str(needed))
-
-
-def _split_alike(values: Mapping[str, Tensor], part: LayerAdapter) -> dict[str, Tensor]:
-    """A layer's state for load_state_dict, split where fully_shard has split the layer's own."""
-    return {key: like(value, getattr(part, key)) for key, value in values.items()}
-
-
-def _padded(name: str, R: Tensor, like: Tensor) -> Tensor:
-    """A routing of an earlier, smaller rank (or head) at the present one."""
-    below, right = like.shape[0] - R.shape[0], like.shape[1] - R.shape[1]
-    if min(below, right) < 0:
-        raise _state(
-            "rows",
-            f"layer {name!r} is at the rank of an earlier task, below that of a task asked for",
-            "restore(adapter.tasks[-1]) first",
-        )
-    return functional.pad(R.to(like.device), (0, right, 0, below))
-
-
-def _sizes(state: Mapping[str, Tensor]) -> dict[str, int]:
-    """Of one adapter's state: what can't change by `expand`."""
-    A, B, R = state.get("A"), state.get("B"), state["R_old"]
-    if A is None or B is None:
-        return {"d_out": R.shape[0], "d_in": R.shape[1]}
-    return {"d_out": A.shape[0], "d_in": B.shape[1], "max_rank": state["S"].shape[-1]}
-
-
-def _state(verb: str, what: str, fix: str) -> StateError:
-    return StateError(
-        message(
-            f"clora_torch.{verb}",
-            what,
-            got="a call out of order",
-            needed="attach, begin_task, train, observe, end_task, in this order",
-            cause="a verb at the wrong moment of a task's life",
-            fix=fix,
-        )
-    )
+        _state.load(self, state)
