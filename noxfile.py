@@ -15,7 +15,7 @@ TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict", "ml-dtypes"
 # Small matrices: threads of the libraries would only fight with the test workers for the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 LIBRARIES = {"numpy": (), "torch": ("torch==2.13.0",), "jax": ("jax",)}
-PEERS = ("transformers", "accelerate")  # what clora_torch is used with
+PEERS = ("transformers", "accelerate", "peft", "bitsandbytes")  # what clora_torch is used with
 
 
 @nox.session
@@ -93,5 +93,7 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks, briefly: that they run and what they print. ``-- --full`` measures."""
-    session.install(*PINS, "-e", ".")
-    session.run("python", "benchmarks/overhead.py", *(session.posargs or ["--smoke"]), env=ONE_THREAD)
+    session.install(*PINS, "-e", ".", *LIBRARIES["torch"], "peft")
+    how = [] if "--full" in session.posargs else ["--smoke"]
+    session.run("python", "benchmarks/overhead.py", *how, env=ONE_THREAD)
+    session.run("python", "benchmarks/torch_lora.py", *how)

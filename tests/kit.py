@@ -40,7 +40,7 @@ COMPARED: set[tuple[str, str]] = set()
 NO_STUDY = "the study extra is needed"
 NO_FRAMEWORK = "PyTorch and JAX are needed"
 NO_TORCH = "PyTorch is needed"
-NO_PEERS = "transformers, accelerate and bitsandbytes are needed"
+NO_PEERS = "transformers, accelerate, peft and bitsandbytes are needed"
 SKIPS: tuple[str, ...] = () if WANTED == "all" else (NO_STUDY, NO_FRAMEWORK, NO_TORCH, NO_PEERS)
 
 StrictArray = type(strict.asarray(0.0))
