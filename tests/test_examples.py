@@ -1,8 +1,10 @@
 """Every Python block of the README and of the documentation runs, top to bottom, one page after another."""
 
+import importlib.util
 import re
 from pathlib import Path
 
+import kit
 import pytest
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +18,12 @@ PAGES = sorted(
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    text = page.read_text(encoding="utf-8")
+    if "import torch\n" in text and kit.torch is None:
+        pytest.skip(kit.NO_TORCH)
+    if "from transformers" in text and importlib.util.find_spec("transformers") is None:
+        pytest.skip(kit.NO_PEERS)
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {"__name__": page.stem}
     for number, block in enumerate(blocks, 1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)  # blocks of a page share their names

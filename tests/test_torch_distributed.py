@@ -281,6 +281,7 @@ def split(rank: int) -> None:
     other, loaded = adapted()
     fsdp(other)
     loaded.load_state_dict(state)
+    adapter.unprotect()
     optimizer, again = sgd(adapter.parameters()), sgd(loaded.parameters())
     for a, o in ((adapter, optimizer), (loaded, again)):
         with a.task("task-3"):

@@ -108,7 +108,7 @@ def plain_loop(
                     optimizer.step()
                     model.zero_grad()
         adapter.observe(batches(task))
-        adapter._energies.clear()
+        adapter.unprotect()
 
 
 def same(first: Any, second: Any) -> None:

@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import array_api_compat.torch as xp
 import numpy as np
@@ -20,13 +19,12 @@ from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError,
 from . import _growth, _merge, _penalty, _state
 from ._distributed import full, like, settle
 from ._errors import out_of_order
-from ._layers import CHILD, Adapted
+from ._layers import CHILD, Adapted, refuse_replaced
 from ._observe import Mask, observe
 from ._part import LayerAdapter, wide, widen
-from ._protect import Projection, Watch, unwrapped
+from ._protect import STAMP, Frozen, Projection, Watch, forget, unwrapped
 
 FACTORS = ("every-task", "first-task", "never")
-PENALTIES = ("drift", "orthogonality")
 
 
 class ContinualAdapter:
@@ -54,6 +52,10 @@ class ContinualAdapter:
     ) -> None:
         self.model, self.layers, self.factors, self.train_routing = model, layers, factors, train_routing
         self.scale = scale
+        # Nested tensors have no sizes that an adapter could read; torch's encoder makes them in inference.
+        self._nested = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and _makes_nested(m)]
+        for encoder in self._nested:
+            encoder.use_nested_tensor = False
         self.tasks: list[str] = []
         self._required_grad = required_grad
         self._open: str | None = None
@@ -64,10 +66,21 @@ class ContinualAdapter:
         self._snapshots: dict[str, dict[str, dict[str, Tensor]]] = {}
         self._groups: list[_penalty.Group] | None = None
         self._spans: dict[tuple[str, float], Tensor] = {}
-        self._energies: WeakKeyDictionary[Optimizer, dict[str, float]] = WeakKeyDictionary()
-        self._projections: WeakKeyDictionary[Optimizer, Projection] = WeakKeyDictionary()
-        self._watch = Watch(self._all, self._stepped)
+        self._energies: dict[str, float] | None = None  # what `protect` asked for
+        self._projection: Projection | None = None
+        self._frozen = Frozen()
+        self._watch: Watch | None = Watch(self)
         self._choose_trained()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy travels with a copy of its model; what is bound to optimizers stays behind."""
+        return {**self.__dict__, "_watch": None, "_projection": None, "_groups": None, "_frozen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._watch, self._frozen = Watch(self), Frozen()
+        if self._open is not None:
+            self._choose_bases()
 
     def __repr__(self) -> str:
         learned = sum(p.numel() for p in self.parameters())
@@ -116,45 +129,44 @@ class ContinualAdapter:
         Optimizers then forget what they hold of the adapter's parameters, which may be what went wrong. A task that is
         open in a state that was loaded goes on.
         """
-        settle(self.model)
-        before = {n: {k: t.detach().clone() for k, t in part.state_dict().items()} for n, part in self.layers.items()}
-        resumed = self._resumed if self._resumed == name else None
-        if resumed is None:
-            self.begin_task(name)
-        self._resumed = None
+        resumed = self._resumed is not None and self._resumed == name
+        if not resumed:
+            self._check_begin(name)
+        before = _state.remember(self)
         try:
+            if not resumed:
+                self.begin_task(name)
+            self._resumed = None
             yield self
             self.end_task()
         except BaseException:
-            settle(self.model)
-            for n, part in self.layers.items():
-                part.load_state_dict(_state.split_alike(before[n], part))
-            self._watch.forget(self._all())
-            self._open, self._observed, self._resumed = resumed, None, resumed
+            _state.go_back(self, before)
+            self._need_watch().forget(self._all())
             self._choose_trained()
             for parameter in self._all():
                 parameter.grad = None
             raise
 
     def begin_task(self, name: str) -> None:
-        """Fold what is in R_delta, start it from zero, clear its optimizer state, choose the protected directions."""
+        """Fold what is in R_delta, start it from zero, clear its optimizer state, choose the protected directions.
+
+        The state of an optimizer that was loaded from a file is cleared before its next step.
+        """
+        self._check_begin(name)
+        self._choose_bases()  # may refuse or warn, so before anything changes
+        if self.tasks:  # before the first task R_delta may hold the start itself, which must stay learnable
+            self._fold()
+        self._need_watch().forget(part.R_delta for part in self.layers.values())
+        self._open, self._observed, self._resumed = name, None, None
+        self._spans, self._groups = {}, None
+        self._choose_trained()
+
+    def _check_begin(self, name: str) -> None:
         if self._open is not None:
             raise out_of_order("begin_task", f"task {self._open!r} is still open", "end_task() first")
         if name in self._snapshots:
             raise out_of_order("begin_task", f"a task named {name!r} is finished already", "choose another name")
         self._need_unmerged("begin_task")
-        if self.tasks:  # before the first task R_delta may hold the start itself, which must stay learnable
-            self._fold()
-        self._open, self._observed = name, None
-        self._prepare()
-
-    def _prepare(self) -> None:
-        """What is constant over the open task."""
-        self._choose_trained()
-        self._spans = {}
-        self._groups = None
-        self._watch.forget(part.R_delta for part in self.layers.values())
-        self._choose_bases()
 
     @torch.no_grad()
     def _fold(self) -> None:
@@ -172,6 +184,9 @@ class ContinualAdapter:
                 "end_task", "no task is open", "begin_task(name) first, or use `with adapter.task(name)`"
             )
         self._check_finite()
+        if self._observed is not None and self.tasks and self.factors != "every-task":
+            self._need_factors("end_task", thorough=True)
+        self._reproject()
         self._fold()
         if self._observed is None:
             self._unobserved.append(self._open)
@@ -184,7 +199,7 @@ class ContinualAdapter:
             for name, part in self.layers.items()
         }
         self.tasks.append(self._open)
-        self._open, self._observed = None, None
+        self._open, self._observed, self._resumed = None, None, None
         self._choose_trained()
 
     def _check_finite(self) -> None:
@@ -202,11 +217,32 @@ class ContinualAdapter:
                         )
                     )
 
-    def _stepped(self, optimizer: Optimizer) -> None:
+    def _before_step(self, optimizer: Optimizer) -> None:
+        """Drop what an optimizer holds from before the last boundary, also one that was loaded from a file."""
+        size = sum(parameter.numel() for parameter in self._all())
+        stamp = [len(self.tasks), size]
+        stale = [group[STAMP] for group in optimizer.param_groups if group.get(STAMP, stamp) != stamp]
+        if stale:
+            grown = any(old[1] != size for old in stale)
+            forget(optimizer, [p for p in self._all() if grown or not p.requires_grad])
+            forget(optimizer, [part.R_delta for part in self.layers.values()])
+        for group in optimizer.param_groups:
+            group[STAMP] = stamp
+        self._frozen.note(p for p in self._all() if not p.requires_grad)
+
+    def _after_step(self, optimizer: Optimizer) -> None:
         self._observed = None
-        if optimizer in self._projections:
+        self._frozen.put_back()
+        if self._projection is not None:
             settle(self.model)
-            self._projections[optimizer]()
+            self._projection()
+
+    def _reproject(self) -> None:
+        """Where something wrote to R_delta outside of a step that was seen."""
+        if self._projection is not None:
+            settle(self.model)
+            if self._projection.touched():
+                self._projection()
 
     def observe(
         self, batches: Iterable[Any], *, forward: Callable[[nn.Module, Any], Any] | None = None, mask: Mask = None
@@ -231,6 +267,8 @@ class ContinualAdapter:
         """
         if self._open is None:
             raise out_of_order("observe", "no task is open", "observe inside `with adapter.task(name)`, after training")
+        self._need_unmerged("observe")
+        self._reproject()
         self._observed = observe(self.model, self.layers, batches, forward=forward, mask=mask)
 
     # --- memory ------------------------------------------------------------------------------------------------
@@ -264,8 +302,11 @@ class ContinualAdapter:
                     fix="attach with max_rank=, the rank to grow to at most",
                 )
             )
+        self._need_factors(verb)
+
+    def _need_factors(self, verb: str, *, thorough: bool = False) -> None:
         for name, part in self.layers.items():
-            if part.moved():
+            if part.moved(thorough=thorough):
                 raise out_of_order(
                     verb,
                     f"A or B of layer {name!r} moved after tasks were recorded, so second moments are stale",
@@ -275,10 +316,15 @@ class ContinualAdapter:
     def drift(self, *, since: str = "task-ends") -> dict[str, float]:
         """The forgetting meter of each layer, see `clora_core.drift`; in float64 where the device has it."""
         self._need_moments("drift")
-        return {
-            name: float(core.drift(wide(part.adapter), part.moments, since=since, xp=xp))
-            for name, part in self.layers.items()
-        }
+        with self._exact():
+            return {
+                name: float(core.drift(wide(part.adapter), part.moments, since=since, xp=xp))
+                for name, part in self.layers.items()
+            }
+
+    def _exact(self) -> torch.autocast:
+        """Without autocast, whose half precision is for the model's products."""
+        return torch.autocast(next(iter(self.layers.values())).R_old.device.type, enabled=False)
 
     def penalty(
         self, weight: float = 1.0, *, kind: str = "drift", head_weight: float | None = None, **options: Any
@@ -300,20 +346,14 @@ class ContinualAdapter:
         -------
         tensor, shape (): the weighted sum over layers
         """
-        if kind not in PENALTIES:
-            raise OptionError(
-                message(
-                    "clora_torch.penalty",
-                    "unknown kind",
-                    got=repr(kind),
-                    needed="one of " + ", ".join(map(repr, PENALTIES)),
-                    cause="a misspelt name",
-                    fix="pass one of the names listed",
-                )
-            )
+        _penalty.check(kind, options)
         if self._open is None:
             raise out_of_order("penalty", "no task is open", "call it inside `with adapter.task(name)`")
         settle(self.model)
+        with self._exact():
+            return self._penalty(weight, kind, head_weight, options)
+
+    def _penalty(self, weight: float, kind: str, head_weight: float | None, options: dict[str, Any]) -> Tensor:
         total = next(iter(self.layers.values())).R_old.new_zeros((), requires_grad=torch.is_grad_enabled())
         if kind == "orthogonality":
             for name, part in self.layers.items():
@@ -322,7 +362,7 @@ class ContinualAdapter:
                     total = total + weight * core.orthogonality(adapter, **form, xp=xp).to(total.device)
             return total
         self._need_moments("penalty")
-        if self._groups is None:  # only now: a trainer moves the model after the task has begun
+        if self._groups is None or any(map(_penalty.elsewhere, self._groups)):  # a trainer may move the model any time
             self._groups = _penalty.groups(self.layers) if self.tasks else []
         for group in self._groups:
             scale = weight if head_weight is None or not group.head else head_weight
@@ -354,13 +394,14 @@ class ContinualAdapter:
         """Keep R_delta (and the heads' difference) out of the protected directions after every step of an optimizer.
 
         The value is projected, R_delta (I - U diag(w) U^T), so nothing leaks whatever the optimizer does (momentum,
-        Adam, weight decay, foreach, fused). The directions hold ``energy`` of all recorded inputs (heads:
+        Adam, weight decay, foreach, fused), and after the steps of any other optimizer that moves this adapter. The
+        directions hold ``energy`` of all recorded inputs (heads:
         ``head_energy``, by default the same), see `clora_core.protected_basis`. A layer with no direction left is
         reported by a warning when a task begins. Wrappers with an ``.optimizer`` (accelerate) are taken off.
         """
         self._need_moments("protect")
         optimizer = unwrapped(optimizer)
-        if not self._watch.steps(optimizer):
+        if not self._need_watch().steps(optimizer):
             raise out_of_order(
                 "protect",
                 "the optimizer steps no parameter of this adapter",
@@ -369,24 +410,28 @@ class ContinualAdapter:
         head_energy = energy if head_energy is None else head_energy
         energies = {n: head_energy if part.A is None else energy for n, part in self.layers.items()}
         Projection(self.layers, energies)  # refuses a wrong energy now, not in a task
-        self._energies[optimizer] = energies
+        self._energies = energies
         if self._open is not None:
             self._choose_bases()
 
+    def unprotect(self) -> None:
+        """Undo `protect`."""
+        self._energies = self._projection = None
+
     def _choose_bases(self) -> None:
-        self._projections = WeakKeyDictionary()
-        if not self._energies or not self.tasks:
+        self._projection = None
+        if self._energies is None or not self.tasks:
             return
         self._need_moments("protect")
-        for optimizer, energies in self._energies.items():
-            self._projections[optimizer] = Projection(self.layers, energies)
-        full = sorted({name for projection in self._projections.values() for name in projection.full})
-        if full:
+        with self._exact():
+            projection = Projection(self.layers, self._energies)
+        if projection.full:
             warnings.warn(
-                f"no direction is left to learn in for {', '.join(full)}: all are needed to hold the protected share "
-                "of the recorded inputs; lower the energy or raise the rank",
+                f"no direction is left to learn in for {', '.join(projection.full)}: all are needed to hold the "
+                "protected share of the recorded inputs; lower the energy or raise the rank",
                 stacklevel=4,
             )
+        self._projection = projection
 
     # --- growing -----------------------------------------------------------------------------------------------
 
@@ -452,13 +497,14 @@ class ContinualAdapter:
     def disabled(self) -> Iterator[None]:
         """The base model: no adapter, heads as they were at the start."""
         self._need_unmerged("disabled")
+        before = {part: part.enabled for part in self.layers.values()}
         try:
-            for part in self.layers.values():
+            for part in before:
                 part.enabled = False
             yield
         finally:
-            for part in self.layers.values():
-                part.enabled = True
+            for part, enabled in before.items():
+                part.enabled = enabled
 
     @contextmanager
     def rows(self, tasks: Sequence[str | None]) -> Iterator[None]:
@@ -480,9 +526,21 @@ class ContinualAdapter:
                 "attach with factors='first-task' or 'never', or restore() one task after the other",
             )
         self._need_unmerged("rows")
+        if isinstance(tasks, str) or not (tasks := list(tasks)):
+            raise OptionError(
+                message(
+                    "clora_torch.rows",
+                    "no list of tasks",
+                    got=repr(tasks),
+                    needed="a task's name, or None, for each row of the batch",
+                    cause="one name for the whole batch, or an empty batch",
+                    fix="pass [name] * len(batch)",
+                )
+            )
         names = list(dict.fromkeys(tasks))
         snapshots = [None if name is None else self._snapshot("rows", name) for name in names]
         index = torch.tensor([names.index(name) for name in tasks])
+        before = {part: part.R_rows for part in self.layers.values()}
         try:
             for n, part in self.layers.items():
                 base = self._base_routing(n, part)
@@ -490,8 +548,8 @@ class ContinualAdapter:
                 part.R_rows = stack[index.to(stack.device)]
             yield
         finally:
-            for part in self.layers.values():
-                part.R_rows = None
+            for part, rows in before.items():
+                part.R_rows = rows
 
     def _base_routing(self, name: str, part: LayerAdapter) -> Tensor:
         if part.A is not None:
@@ -511,7 +569,13 @@ class ContinualAdapter:
         """True between `merge` and `unmerge`."""
         return any(part.merged for part in self.layers.values())
 
+    def _need_watch(self) -> Watch:
+        if self._watch is None:
+            raise out_of_order("detach", "the adapter is detached from its model", "attach again")
+        return self._watch
+
     def _need_unmerged(self, verb: str) -> None:
+        self._need_watch()
         if self.merged:
             raise out_of_order(verb, "the adapters are merged into the weights", "unmerge() first")
 
@@ -545,9 +609,13 @@ class ContinualAdapter:
             raise out_of_order("merge", f"task {self._open!r} is open", "end the task first")
         if self.merged:
             raise out_of_order("merge", "the adapters are merged already", "unmerge() first")
+        self._need_unmerged("merge")
         self._need_whole("merge")
+        if any(part.R_rows is not None or not part.enabled for part in self.layers.values()):
+            raise out_of_order("merge", "rows(...) or disabled() is open", "merge outside of it")
         names = {part: name for name, part in self.layers.items()}
-        return _merge.merge(self._modules(), names, on_loss=on_loss, max_loss=max_loss)
+        with self._exact():
+            return _merge.merge(self._modules(), names, on_loss=on_loss, max_loss=max_loss)
 
     def unmerge(self) -> None:
         """Put every pristine weight back: the same Parameters, so the same bits."""
@@ -557,9 +625,14 @@ class ContinualAdapter:
 
     def detach(self) -> nn.Module:
         """Take the adapters off: the original model, its layers' classes, weights and requires_grad."""
+        watch = self._need_watch()
         self._need_whole("detach")
         if self.merged:
             self.unmerge()
+        for name, module in self._modules().items():
+            refuse_replaced("detach", name, module)
+        for encoder in self._nested:
+            encoder.use_nested_tensor = True
         for module in self._modules().values():
             if module._clora_kind == "head":
                 module.out_features = module.weight.shape[0]
@@ -567,7 +640,8 @@ class ContinualAdapter:
             del module._modules[CHILD]
         for parameter, flag in self._required_grad.items():
             parameter.requires_grad_(flag)
-        self._watch.close()
+        watch.close()
+        self._watch = None
         return self.model
 
     # --- saving ------------------------------------------------------------------------------------------------
@@ -586,3 +660,7 @@ class ContinualAdapter:
         Where a task was open, ``with adapter.task(name)`` of the same name goes on with it.
         """
         _state.load(self, state)
+
+
+def _makes_nested(encoder: nn.TransformerEncoder) -> bool:
+    return encoder.use_nested_tensor and any(isinstance(m, Adapted) for m in encoder.modules())

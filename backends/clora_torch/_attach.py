@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import array_api_compat.torch as xp
@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import clora_core as core
-from clora_core.errors import OptionError, RankError, message
+from clora_core.errors import OptionError, RankError, StateError, message
 
 from . import _attention  # noqa: F401  (registers its kind of layer)
 from ._adapter import FACTORS, ContinualAdapter
-from ._layers import CHILD, adapted_type, kind_of, matrix, refuse, sizes, weight_name
+from ._layers import CHILD, Adapted, adapted_type, kind_of, matrix, refuse, refuse_head, sizes, weight_name
 from ._part import HALF, LayerAdapter
-from ._targets import Pattern, Target, find, listed, matches
+from ._targets import Pattern, Target, find, listed, matches, nothing
 
 log = logging.getLogger("clora_torch")
 
@@ -96,11 +96,36 @@ def attach(
     """
     _check(factors, scheme, train_routing, dropout, rank, max_rank)
     modules = dict(model.named_modules())
-    heads = {n for n, m in modules.items() if isinstance(m, nn.Linear) and any(matches(n, p) for p in listed(heads))}
+    held = next((n for n, m in modules.items() if isinstance(m, Adapted)), None)
+    if held is not None:
+        raise StateError(
+            message(
+                "clora_torch.attach",
+                f"the model has adapters already, on {held!r} for one",
+                got="a second attach",
+                needed="a model without adapters",
+                cause="attach called twice on one model, or a copied model whose adapter was not copied with it",
+                fix="name all layers in one attach; or call detach() of the first adapter before",
+            )
+        )
+    heads = _heads(modules, listed(heads))
     found = find(model, targets, rank=rank, ranks=ranks or {}, exclude=exclude, heads=heads) if targets else []
     names = sorted({t.name for t in found} | heads)
+    if not names:
+        raise OptionError(
+            message(
+                "clora_torch.attach",
+                "there is nothing to adapt",
+                got="no targets and no heads",
+                needed="at least one layer",
+                cause="an empty list",
+                fix="pass targets='all-linear', or names",
+            )
+        )
     for name in names:
         refuse(name, modules[name], modules.get(name.rpartition(".")[0]))
+        if name in heads:
+            refuse_head(name, modules[name])
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
     rng = np.random.default_rng(seed)
@@ -132,6 +157,18 @@ def attach(
             "them back; put them in eval mode while training"
         )
     return adapter
+
+
+def _heads(modules: Mapping[str, nn.Module], patterns: Sequence[Pattern]) -> set[str]:
+    """Names of the linear layers that any pattern means; every pattern must match one."""
+    linear = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
+    found: set[str] = set()
+    for pattern in patterns:
+        matched = {n for n in linear if matches(n, pattern)}
+        if not matched:
+            raise nothing(pattern, pattern, linear)
+        found |= matched
+    return found
 
 
 def head(module: Any) -> LayerAdapter:

@@ -72,6 +72,7 @@ def fingerprint(arrays: Iterable[Any]) -> Tensor:
     total = torch.zeros((), dtype=torch.int64)
     for array in map(full, arrays):
         if array is not None:
-            bits = array.detach().contiguous().view(torch.int64 if array.dtype == torch.float64 else torch.int32)
+            wide = array.detach() if array.device.type == "mps" else array.detach().double()  # a cast is no change
+            bits = wide.contiguous().view(torch.int64 if wide.dtype == torch.float64 else torch.int32)
             total = total.to(array.device) * 3 + bits.sum(dtype=torch.int64)
     return total

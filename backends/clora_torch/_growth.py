@@ -47,7 +47,6 @@ def expand(adapter: ContinualAdapter, by: int, seed: int | np.random.Generator |
             if adapter.tasks and name not in adapter._blind:
                 adapter._blind.append(name)
         part.set_rank(part.rank + by)
-    adapter._watch.forget(adapter._all())
 
 
 def grow_head(adapter: ContinualAdapter, name: str, by: int) -> None:
@@ -75,7 +74,6 @@ def grow_head(adapter: ContinualAdapter, name: str, by: int) -> None:
     adapter.model.get_submodule(name).out_features = part.R_old.shape[0]
     for snapshot in adapter._snapshots.values():
         snapshot[name]["R_old"] = padded(name, snapshot[name]["R_old"], part.R_old)
-    adapter._watch.forget(part.trained())
 
 
 def padded(name: str, R: Tensor, like: Tensor) -> Tensor:
@@ -87,4 +85,4 @@ def padded(name: str, R: Tensor, like: Tensor) -> Tensor:
             f"layer {name!r} is at the rank of an earlier task, below that of a task asked for",
             "restore(adapter.tasks[-1]) first",
         )
-    return functional.pad(R.to(like.device), (0, right, 0, below))
+    return functional.pad(R.to(like), (0, right, 0, below))

@@ -33,6 +33,13 @@ class Adapted(_Module):
         _, _, *rest = super().__reduce_ex__(protocol)
         return (_rebuild, (type(self)._clora_kind, type(self)._clora_base), *rest)
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Weights set aside by a merge move and are cast with the model."""
+        with torch.no_grad():
+            for parameter in (self._clora_pristine or {}).values():
+                parameter.data = fn(parameter.data)
+        return super()._apply(fn, recurse)
+
     def parts(self) -> list[LayerAdapter]:
         """The adapters of this layer: one, or one for each adapted part of a fused projection."""
         child: Any = self._modules[CHILD]
@@ -249,19 +256,16 @@ def refuse(name: str, module: Any, parent: nn.Module | None) -> None:
         )
         return error(text)
 
-    if isinstance(module, Adapted):
-        raise StateError(
-            message(
-                "clora_torch.attach",
-                f"layer {name!r} has an adapter already",
-                got="a second attach",
-                needed="a layer without adapter",
-                cause="attach called twice on one model",
-                fix="use the adapter that the first attach returned, or call its detach() first",
-            )
-        )
     if kind_of(module) is None:
         raise no("a layer of another type", "leave it out of targets")
+    refuse_replaced("attach", name, module)
+    if not (_quantised(module) or is_conv1d(type(module)) or type(module).forward in STOCK):
+        raise no("its forward is its own, so that A R B need not be what an adapter adds", "leave it out of targets")
+    if weight_name(module) not in module._parameters:
+        raise no(
+            "its weight is computed from others (weight_norm, parametrize, prune)",
+            "remove the parametrization before attaching",
+        )
     for attention in (module, parent):
         if isinstance(attention, nn.MultiheadAttention) and (attention.bias_k is not None or attention.add_zero_attn):
             raise no("an attention with bias_k, bias_v or add_zero_attn", "leave it out of targets")
@@ -283,6 +287,41 @@ def refuse(name: str, module: Any, parent: nn.Module | None) -> None:
         raise no("max_norm rewrites the frozen weight at every call", "load the embedding with max_norm=None")
     if getattr(module, "groups", 1) != 1:
         raise no("a grouped convolution has no weight matrix of its own", "leave it out of targets")
+
+
+def refuse_head(name: str, module: Any) -> None:
+    """Raise where a linear layer can't be a head."""
+    if not module.weight.is_floating_point():
+        raise DTypeError(
+            message(
+                "clora_torch.attach",
+                f"head {name!r} is quantised",
+                got=str(module.weight.dtype),
+                needed="a floating weight: a head learns all of it",
+                cause="a model that was quantised as a whole",
+                fix="leave the classifier out of quantisation, or adapt it as a target",
+            )
+        )
+
+
+def refuse_replaced(verb: str, name: str, module: nn.Module) -> None:
+    """A forward on the object hides that of its class."""
+    if "forward" in module.__dict__:
+        raise OptionError(
+            message(
+                f"clora_torch.{verb}",
+                f"the forward of layer {name!r} was replaced on the object",
+                got="module.forward = ...",
+                needed="the forward of its class",
+                cause="accelerate's hooks (device_map, offloading)",
+                fix="accelerate.hooks.remove_hook_from_module(module), then attach or detach, then dispatch again",
+            )
+        )
+
+
+STOCK = {
+    cls.forward for cls in (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)
+}  # what adapters are written for
 
 
 def _quantised(module: Any) -> bool:

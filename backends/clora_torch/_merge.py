@@ -61,7 +61,7 @@ def unmerge(modules: Mapping[str, Any]) -> None:
     for module in modules.values():
         assert module._clora_pristine is not None
         module._parameters.update(module._clora_pristine)
-        module._clora_pristine = None
+        del module._clora_pristine
         for part in module.parts():
             part.merged = False
 

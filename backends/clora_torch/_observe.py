@@ -26,6 +26,17 @@ def observe(
     mask: Mask,
 ) -> dict[str, Tensor]:
     """Second moments C of every layer; see `ContinualAdapter.observe`."""
+    if isinstance(batches, Mapping | Tensor):
+        raise OptionError(
+            message(
+                "clora_torch.observe",
+                "one batch, where batches are meant",
+                got=type(batches).__name__,
+                needed="an iterable of batches",
+                cause="the batch passed itself",
+                fix="pass [batch]",
+            )
+        )
     device = next(iter(layers.values())).R_delta.device
     together = processes() > 1 and bool(sharded(model))  # no process can make a forward pass alone
     count, batch = 0, None

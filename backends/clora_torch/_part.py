@@ -106,9 +106,12 @@ class LayerAdapter(nn.Module):
         """Note the factors that the memory belongs to."""
         self.recorded = (self.versions(), int(fingerprint((self.A, self.B))))
 
-    def moved(self) -> bool:
-        """Whether the factors are others than those noted. DistributedDataParallel writes the same bits over them."""
-        if self.recorded is None or self.recorded[0] == self.versions():
+    def moved(self, *, thorough: bool = False) -> bool:
+        """Whether the factors are others than those noted. DistributedDataParallel writes the same bits over them.
+
+        Without ``thorough``, what is written past autograd (``A.data``) is not noticed.
+        """
+        if self.recorded is None or (self.recorded[0] == self.versions() and not thorough):
             return False
         if self.recorded[1] != int(fingerprint((self.A, self.B))):
             return True
@@ -131,6 +134,7 @@ class LayerAdapter(nn.Module):
 
     # --- size --------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_rank(self, rank: int) -> None:
         """Move the border between directions in use and spare ones; the routing is cut, or padded with zeros.
@@ -153,6 +157,7 @@ class LayerAdapter(nn.Module):
         if known:
             self.remember()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add_spare(self, count: int, rng: np.random.Generator, scale: float) -> None:
         """Draw directions, orthonormal up to ``scale`` and orthogonal to those there; the memory knows 0 of them."""
@@ -169,6 +174,7 @@ class LayerAdapter(nn.Module):
         self.S = functional.pad(self.S, (0, count, 0, count))
         self.P = functional.pad(self.P, (0, count, 0, count))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def add_outputs(self, count: int) -> None:
         """Rows of zeros for a head: new classes, whose logits are 0 until they learn."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import array_api_compat.torch as xp
 import torch
 from torch import Tensor
 
 import clora_core as core
+from clora_core.errors import OptionError, message
 
 from ._distributed import full
 from ._part import LayerAdapter
+
+OPTIONS = {"drift": ("since",), "orthogonality": ("form", "energy", "normalize")}
 
 
 class Group(NamedTuple):
@@ -42,6 +45,37 @@ def _group(parts: list[LayerAdapter]) -> Group:
     fields = zip(*(part.moments for part in parts), strict=True)
     moments = core.Moments(*(torch.stack(list(field)).to(dtype) for field in fields))
     return Group(parts, head, root, torch.stack([p.R_old for p in parts]), moments)
+
+
+def elsewhere(group: Group) -> bool:
+    """Whether the model was moved or cast since the group was made."""
+    R = group.parts[0].R_old
+    return group.R_old.dtype != R.dtype or group.R_old.device != R.device
+
+
+def check(kind: str, options: Mapping[str, Any]) -> None:
+    """Refuse what `ContinualAdapter.penalty` does not know, in the first task, too."""
+    _check("kind", kind, tuple(OPTIONS))
+    for name, value in options.items():
+        _check(f"option of kind={kind!r}", name, OPTIONS[kind])
+        if name == "since":
+            _check(name, value, core._moments.SINCE)
+        if name == "form":
+            _check(name, value, core._orthogonality.FORMS)
+
+
+def _check(what: str, got: object, known: Sequence[object]) -> None:
+    if got not in known:
+        raise OptionError(
+            message(
+                "clora_torch.penalty",
+                f"unknown {what}",
+                got=repr(got),
+                needed="one of " + ", ".join(map(repr, known)),
+                cause="a misspelt name",
+                fix="pass one of the names listed",
+            )
+        )
 
 
 def drift(group: Group, since: str) -> Tensor:

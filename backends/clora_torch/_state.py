@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ._adapter import ContinualAdapter
 
 FORMAT = "clora_torch/1"
+BOOK = ("tasks", "_snapshots", "_unobserved", "_blind", "_observed", "_open", "_resumed", "_projection")
 KEYS = ("factors", "tasks", "open", "unobserved", "blind", "observed", "layers", "snapshots")
 
 
@@ -32,9 +34,40 @@ def dump(adapter: ContinualAdapter) -> dict[str, Any]:
         "unobserved": list(adapter._unobserved),
         "blind": list(adapter._blind),
         "observed": adapter._observed,
-        "layers": {n: {k: full(t) for k, t in part.state_dict().items()} for n, part in adapter.layers.items()},
-        "snapshots": adapter._snapshots,
+        "layers": {n: {k: full(t).clone() for k, t in part.state_dict().items()} for n, part in adapter.layers.items()},
+        "snapshots": {
+            task: {name: dict(fields) for name, fields in layers.items()} for task, layers in adapter._snapshots.items()
+        },
     }
+
+
+class Memento(NamedTuple):
+    """All that a task may change."""
+
+    layers: dict[str, dict[str, Tensor]]
+    recorded: dict[str, Any]
+    book: dict[str, Any]
+
+
+def remember(adapter: ContinualAdapter) -> Memento:
+    """The adapter before a task."""
+    settle(adapter.model)
+    parts = adapter.layers.items()
+    book = {name: copy.copy(getattr(adapter, name)) for name in BOOK}
+    layers = {n: {k: t.detach().clone() for k, t in part.state_dict().items()} for n, part in parts}
+    return Memento(layers, {n: part.recorded for n, part in parts}, book)
+
+
+def go_back(adapter: ContinualAdapter, before: Memento) -> None:
+    """Put everything back."""
+    settle(adapter.model)
+    for name, part in adapter.layers.items():
+        part.load_state_dict(split_alike(before.layers[name], part))
+        part.recorded = before.recorded[name]
+        if part.recorded is not None:
+            part.remember()
+    adapter.__dict__.update(before.book)
+    adapter._groups, adapter._spans = None, {}
 
 
 @torch.no_grad()
@@ -63,10 +96,10 @@ def load(adapter: ContinualAdapter, state: Mapping[str, Any]) -> None:
     seen = state["observed"]
     adapter._observed = None if seen is None else {n: C.to(device[n]) for n, C in seen.items()}
     adapter._open = adapter._resumed = state["open"]
-    if adapter._open is None:
-        adapter._choose_trained()
-    else:
-        adapter._prepare()
+    adapter._spans, adapter._groups = {}, None
+    adapter._choose_trained()
+    if adapter._open is not None:
+        adapter._choose_bases()
 
 
 def _check(adapter: ContinualAdapter, state: Mapping[str, Any]) -> None:

@@ -6,6 +6,7 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import NamedTuple
 
 from torch import nn
@@ -84,15 +85,31 @@ def find(
             names = [n for n in names if kind_of(modules[n]) is not None] or names
         names = [n for n in names if not any(matches(n, e) for e in excluded) and n not in heads]
         if not names:
-            raise _nothing(pattern, plain, [n for n, m in modules.items() if kind_of(m) is not None])
+            raise nothing(pattern, plain, [n for n, m in modules.items() if kind_of(m) is not None])
         for name in names:
             rows = _rows(name, modules[name], part) if part else None
             own = [r for p, r in ranks.items() if matches(name, p)]
             found[name, rows] = own[-1] if own else rank
+    for pattern in ranks:
+        if not any(matches(name, pattern) for name, _ in found):
+            raise nothing(pattern, pattern, [name for name, _ in found])
     whole = {name for name, rows in found if rows is None}
     order = {name: i for i, name in enumerate(modules)}
     targets = [Target(name, rows, r) for (name, rows), r in found.items() if rows is None or name not in whole]
-    return sorted(targets, key=lambda t: (order[t.name], t.rows or (0, 0)))
+    targets = sorted(targets, key=lambda t: (order[t.name], t.rows or (0, 0)))
+    for one, two in pairwise(targets):
+        if one.rows and two.rows and one.name == two.name and two.rows[0] < one.rows[1]:
+            raise OptionError(
+                message(
+                    "clora_torch.attach",
+                    f"two slices of layer {one.name!r} overlap",
+                    got=f"{one} and {two}",
+                    needed="rows that belong to one adapter",
+                    cause="a slice by letter and one by numbers, or a wrong end",
+                    fix="give slices that do not share rows",
+                )
+            )
+    return targets
 
 
 def _rows(name: str, module: nn.Module, part: re.Match[str]) -> tuple[int, int]:
@@ -119,7 +136,7 @@ def _rows(name: str, module: nn.Module, part: re.Match[str]) -> tuple[int, int]:
     return start, stop
 
 
-def _nothing(pattern: Pattern, plain: Pattern, names: list[str]) -> OptionError:
+def nothing(pattern: Pattern, plain: Pattern, names: list[str]) -> OptionError:
     text = plain.pattern if isinstance(plain, re.Pattern) else plain
     ends = {name.rpartition(".")[2] for name in names}
     near = difflib.get_close_matches(text, [*names, *sorted(ends)], n=5, cutoff=0.5)

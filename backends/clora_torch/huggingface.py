@@ -94,7 +94,7 @@ class TaskCallback(TrainerCallback):
         adapter = self.adapter
         if adapter._open is None:
             raise _error("no task is open", "trainer.train() outside of a task", "with adapter.task(name): ...")
-        if not adapter._watch.steps(unwrapped(optimizer)):
+        if not adapter._need_watch().steps(unwrapped(optimizer)):
             raise _error(
                 "the optimizer steps no parameter of the adapter",
                 "an optimizer of other parameters",
@@ -157,10 +157,11 @@ class TaskCallback(TrainerCallback):
         self, args: Any, state: Any, control: Any, optimizer: Any = None, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Take the second moments."""
-        self.adapter._energies.pop(unwrapped(optimizer), None)  # the next task's Trainer has an optimizer of its own
         batches = train_dataloader if self.batches is True else self.batches
         if batches is not False:
             self.adapter.observe(batches, forward=self.forward, mask=self.mask)
+        if self.energy is not None:
+            self.adapter.unprotect()  # the next task's callback says what it wants
 
 
 def _error(what: str, got: str, fix: str) -> StateError:
