@@ -69,7 +69,7 @@ def attach(
     scheme : {"orthonormal", "lora", "svd"}
         Start of the factors, see `clora_core.init_adapter`.
     scale : float
-        alpha / r in LoRA's terms, folded into A.
+        alpha / r in LoRA's terms, folded into A. With frozen factors it sets how far a step of R_delta goes.
     stop_old : bool
         A and B learn through R_delta alone (eqs. 11-12 of arXiv:2502.17920).
     train_routing : bool
