@@ -477,3 +477,56 @@ def test_one_batch_is_not_batches() -> None:
     for batch in (X, {"x": X}):
         with pytest.raises(OptionError, match=r"\[batch\]"):
             adapter.observe(batch)
+
+
+def test_a_compiled_model_follows_every_verb() -> None:
+    """One compiled model over a life: each verb changes what it computes, as it does in eager mode."""
+    adapter = attach(network().double(), rank=4, max_rank=6, factors="never")
+    net, optimizer, x = adapter.model, adam(adapter.parameters()), X.double()
+    torch._dynamo.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+
+    def same() -> Any:
+        y = net(x).detach()
+        assert (compiled(x) - y).abs().max() <= 2.0**-42 * y.abs().max()  # R is folded into A: other sums of float64
+        return y
+
+    seen = [same()]
+    for task in range(2):
+        learn(adapter, optimizer, task, dtype="float64")
+        seen.append(same())
+    adapter.restore("task-0")
+    assert torch.equal(same(), seen[1])
+    adapter.restore("task-1")
+    with adapter.disabled():
+        assert torch.equal(same(), seen[0])
+    with adapter.rows(["task-0", "task-1"] * 8):
+        same()
+    adapter.merge()
+    same()
+    adapter.unmerge()
+    adapter.expand(2)
+    same()
+    assert (net(x) - seen[2]).abs().max() <= 2.0**-42 * seen[2].abs().max()
+
+
+@pytest.mark.parametrize("kind", ["linear", "slice", "embedding", "conv", "attention", "head"])
+def test_rows_of_another_number_are_refused_by_every_kind_of_layer(kind: str) -> None:
+    """Else a routing would be broadcast over rows of other tasks."""
+    layers: dict[str, tuple[Any, dict[str, Any], Any]] = {
+        "linear": (nn.Linear(8, 8), {"targets": "0"}, torch.randn(3, 8)),
+        "slice": (nn.Linear(8, 24), {"targets": "0[q]"}, torch.randn(3, 8)),
+        "embedding": (nn.Embedding(8, 8), {"targets": "0"}, torch.zeros(3, 2, dtype=torch.int64)),
+        "conv": (nn.Conv1d(8, 8, 3), {"targets": "0"}, torch.randn(3, 8, 5)),
+        "attention": (nn.MultiheadAttention(8, 2, batch_first=True), {"targets": "0"}, torch.randn(3, 4, 8)),
+        "head": (nn.Linear(8, 8), {"targets": (), "heads": "0"}, torch.randn(3, 8)),
+    }
+    layer, options, x = layers[kind]
+    adapter = clora.attach(nn.Sequential(layer), rank=2, factors="never", seed=0, **options)
+    adapter.begin_task("a")
+    adapter.end_task()
+    inputs = (x, x, x) if kind == "attention" else (x,)
+    with adapter.rows(["a"] * 3):
+        layer(*inputs)
+    with adapter.rows(["a"] * 2), pytest.raises(StateError, match="3 rows; needed 2"):
+        layer(*inputs)
