@@ -75,7 +75,7 @@ def types(session: nox.Session) -> None:
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings being errors."""
-    session.install(*PINS, "-e", ".[docs,cli]")
+    session.install(*PINS, "-e", ".[docs,cli]", *LIBRARIES["torch"])
     session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
 
 
