@@ -268,6 +268,31 @@ def test_resuming_keeps_every_bit(inside: bool, optimizer_first: bool) -> None:
     assert equal(bits(adapter), bits(other))
 
 
+def test_two_adapters_may_share_an_optimizer() -> None:
+    """Each keeps its momentum, though they have finished different numbers of tasks: the bits of one optimizer each."""
+
+    def pair() -> list[Any]:
+        adapters = [attach(network(seed), rank=rank) for seed, rank in ((0, 8), (1, 4))]
+        learn(adapters[0], torch.optim.SGD(adapters[0].parameters(), lr=0.1), 0)
+        adapters[0].begin_task("task-1")
+        adapters[1].begin_task("task-0")
+        return adapters
+
+    results = []
+    for shared in (True, False):
+        adapters = pair()
+        optimizers = [adam([p for a in adapters for p in a.parameters()])] if shared else []
+        optimizers = optimizers or [adam(a.parameters()) for a in adapters]
+        for x, y in data(1):
+            for a in adapters:
+                functional.cross_entropy(a.model(x), y).backward()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        results.append([bits(a) for a in adapters])
+    assert all(equal(one, two) for one, two in zip(*results, strict=True))
+
+
 def test_a_loaded_optimizer_steps_after_growing() -> None:
     """Its state has the old shapes."""
     adapter = attach(network(), rank=4)

@@ -22,7 +22,7 @@ from ._errors import out_of_order
 from ._layers import CHILD, Adapted, refuse_replaced
 from ._observe import Mask, observe
 from ._part import LayerAdapter, wide, widen
-from ._protect import STAMP, Frozen, Projection, Watch, forget, unwrapped
+from ._protect import Frozen, Projection, Watch, forget, stale, stamp, unwrapped
 
 FACTORS = ("every-task", "first-task", "never")
 
@@ -219,18 +219,15 @@ class ContinualAdapter:
 
     def _before_step(self, optimizer: Optimizer) -> None:
         """Drop what an optimizer holds from before the last boundary, also one that was loaded from a file."""
-        size = sum(parameter.numel() for parameter in self._all())
-        stamp = [len(self.tasks), size]
-        stale = [group[STAMP] for group in optimizer.param_groups if group.get(STAMP, stamp) != stamp]
-        if stale:
-            grown = any(old[1] != size for old in stale)
-            forget(optimizer, [p for p in self._all() if grown or not p.requires_grad])
-            forget(optimizer, [part.R_delta for part in self.layers.values()])
-        for group in optimizer.param_groups:
-            group[STAMP] = stamp
-        self._frozen.note(p for p in self._all() if not p.requires_grad)
+        parameters, fresh = self._all(), {part.R_delta for part in self.layers.values()}
+        for parameter in parameters:
+            lasting = parameter.requires_grad and parameter not in fresh
+            if stale(optimizer, parameter, len(self.tasks), lasting=lasting):
+                forget(optimizer, [parameter])
+        self._frozen.note(p for p in parameters if not p.requires_grad)
 
     def _after_step(self, optimizer: Optimizer) -> None:
+        stamp(optimizer, self._all(), len(self.tasks))
         self._observed = None
         self._frozen.put_back()
         if self._projection is not None:

@@ -22,8 +22,7 @@ from ._part import LayerAdapter
 if TYPE_CHECKING:
     from ._adapter import ContinualAdapter
 
-
-STAMP = "clora"  # in an optimizer's parameter groups, saved with them: how many tasks were finished when it stepped
+STAMP = "clora"  # beside an optimizer's state of a parameter, saved with it: how many tasks were finished, and its size
 
 
 class Watch:
@@ -84,6 +83,20 @@ def forget(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
         optimizer.state.clear()
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
+
+
+def stamp(optimizer: Optimizer, parameters: Iterable[Tensor], tasks: int) -> None:
+    """Note how old the state of these parameters is."""
+    for parameter in parameters:
+        if optimizer.state.get(parameter):
+            optimizer.state[parameter][STAMP] = [tasks, parameter.numel()]
+
+
+def stale(optimizer: Optimizer, parameter: Tensor, tasks: int, *, lasting: bool) -> bool:
+    """Whether the state is of another size, or from before the last boundary and not meant to last over it."""
+    tasks_then, size = optimizer.state.get(parameter, {}).get(STAMP, [tasks, parameter.numel()])
+    lasting = lasting and not isinstance(optimizer, torch.optim.LBFGS)
+    return size != parameter.numel() or (tasks_then != tasks and not lasting)
 
 
 class Frozen:
