@@ -120,6 +120,31 @@ def test_the_meter_stays_exact_with_max_rank() -> None:
     assert R.norm() > 0
 
 
+@pytest.mark.parametrize("rank", [3, 5])
+def test_spare_directions_stay_out_of_the_meter(rank: int) -> None:
+    """Below max_rank the memory that is used is that of the directions in use: what max_rank left out would give."""
+    meters = []
+    for max_rank in (None, 8):
+        adapter = attach(network().double(), rank=rank, max_rank=max_rank, factors="never", seed=None)
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():  # the spare ones are drawn in between, so the factors would differ
+            for part in adapter.layers.values():
+                for factor in (part.A, part.B):
+                    if factor is not None:
+                        factor.copy_(torch.randn(factor.shape, generator=generator, dtype=torch.float64))
+        optimizer = adam(adapter.parameters())
+        for task in range(2):
+            with adapter.task(f"task-{task}"):
+                train(adapter, optimizer, data(task, dtype="float64"), epochs=1, penalty=0.1)
+                adapter.observe(data(task, dtype="float64"))
+        meters.append(adapter.drift())
+        part = adapter.layers["0"]
+        assert part.moments.S.shape == (rank, rank)
+    assert meters[0]["0"] > 0
+    for name, want in meters[0].items():  # the same sums over r x r numbers, padded with zeros in between
+        assert abs(meters[1][name] - want) <= 2.0**-36 * float(adapter.layers[name].q)
+
+
 @pytest.mark.parametrize("verb", ["drift", "protect", "penalty"])
 def test_without_max_rank_the_memory_is_incomplete(verb: str) -> None:
     """Directions drawn after a task were not observed in it: the meter would read 0, so it raises."""
@@ -188,8 +213,10 @@ def test_a_growing_head() -> None:
     x, ends = X.double(), {}
     for task, by in enumerate((0, 2, 1)):
         if by:
-            before = net(x).detach()
+            before, state = net(x).detach(), adapter.state_dict()
+            held = state["snapshots"]["task-0"]["4"]["R_old"].shape[0]
             adapter.grow_head("4", by)
+            assert state["snapshots"]["task-0"]["4"]["R_old"].shape[0] == held
             now = net(x)
             assert torch.equal(now[:, :-by], before)
             assert not now[:, -by:].any()

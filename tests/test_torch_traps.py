@@ -232,6 +232,25 @@ def test_frozen_factors_under_optimizers_that_write_to_all(kind: str) -> None:
         assert all(torch.equal(p, b) for p, b in zip(frozen, before, strict=True)) == (task == 1)
 
 
+def test_lbfgs_that_steps_more_than_the_adapter() -> None:
+    """It keeps the history of all parameters under the first one, here a stranger: a boundary clears it."""
+    adapter, stranger = attach(network()), nn.Parameter(torch.zeros(3))
+    optimizer = Lbfgs([stranger, *adapter.parameters()])
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(adapter.model(X), torch.arange(16) % 4) + (stranger - 1).square().sum()
+        loss.backward()
+        return loss
+
+    with adapter.task("task-0"):
+        optimizer.step(closure)
+        adapter.observe(data(0))
+    assert optimizer.state
+    adapter.begin_task("task-1")
+    assert not optimizer.state
+
+
 # --- saving in between
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, distributed, nn
 
 from clora_core.errors import InvalidValueError, OptionError, StateError, message
 
-from ._distributed import add_up, fingerprint, processes, settle, sharded
+from ._distributed import add_up, fingerprint, processes, sharded
 from ._part import LayerAdapter, widen
 
 Mask = str | Callable[[Any], Tensor] | None
@@ -57,7 +57,6 @@ def observe(
         sums = {name: part.seen for name, part in layers.items()}
         while together and _some_have(False, not count, device):
             run()  # the last batch again, uncounted
-    settle(model)
     if processes() > 1:  # all of it before anything raises, so that all processes raise alike
         _need_alike(layers.values(), device)
         sums = {name: _added(*seen) for name, seen in sums.items() if seen is not None}
