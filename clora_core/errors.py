@@ -31,6 +31,10 @@ class InvalidValueError(CloraError, ValueError):
     """Values that break an invariant (NaN, infinity, an indefinite second moment); only eager checks raise it."""
 
 
+class FormatError(CloraError, ValueError):
+    """A folder or file that is not what its format says: truncated, altered, contradictory, of an unknown version."""
+
+
 class StateError(CloraError, RuntimeError):
     """A verb called when it makes no sense: two tasks open at once, restoring an unknown task, factors that moved."""
 
