@@ -4,6 +4,7 @@
 """
 
 from .continual import ContinualAdapter, Optimizer, attach
+from .folders import load
 from .layers import Head, Layer, Network, Relu, cross_entropy
 from .optimizers import AdamState, MomentumState, Rule, adam, adamw, cosine, sgd
 
@@ -22,5 +23,6 @@ __all__ = [
     "attach",
     "cosine",
     "cross_entropy",
+    "load",
     "sgd",
 ]

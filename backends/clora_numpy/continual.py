@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -173,6 +174,12 @@ class ContinualAdapter:
         self._optimizers: list[Optimizer] = []
         self._moments = {name: core.empty_moments(_wide(layer.adapter)) for name, layer in layers.items()}
         self._fast: dict[str, core.Moments] = {}
+        # From a folder: directions beyond those in use, the last of the memory; what is not in order; where it belongs.
+        self._spare: dict[str, tuple[Array, Array]] = {}
+        self._blind: list[str] = []
+        self._targets: dict[str, Any] = {}
+        self._resumed: str | None = None
+        self._saved: dict[str, str] = {}  # folder -> digest of what was last saved there, or loaded
         self._spans: dict[tuple[str, float], Array] = {}
         self._choose_trained()
 
@@ -202,10 +209,16 @@ class ContinualAdapter:
 
     @contextmanager
     def task(self, name: str) -> Iterator[ContinualAdapter]:
-        """Begin a task, and end it on leaving; an exception inside leaves the adapter as it was before the task."""
+        """Begin a task, and end it on leaving; an exception inside leaves the adapter as it was before the task.
+
+        A task that is open in a folder that was loaded goes on.
+        """
         before = {n: layer.adapter for n, layer in self.layers.items()}
         states = [dict(optimizer.state) for optimizer in self._optimizers]
-        self.begin_task(name)
+        was = self._open, self._observed, self._resumed
+        if self._resumed is None or self._resumed != name:  # else it goes on with a task that was open in a folder
+            self.begin_task(name)
+        self._resumed = None
         try:
             yield self
             self.end_task()
@@ -214,14 +227,16 @@ class ContinualAdapter:
                 layer.adapter, layer.gradients = before[n], {}
             for optimizer, state in zip(self._optimizers, states, strict=False):
                 optimizer.state = state
-            self._open, self._observed = None, None
+            self._open, self._observed, self._resumed = was
             raise
 
     def begin_task(self, name: str) -> None:
         """Fold what is in R_delta, start it from zero, clear its optimizer state, choose the protected directions."""
         if self._open is not None:
             raise _state("begin_task", f"task {self._open!r} is still open", "end_task() first")
-        if name in self._snapshots:
+        if not isinstance(name, str):
+            raise _state("begin_task", f"the name of a task is a {type(name).__name__}", "pass str(name)")
+        if name in self.tasks:
             raise _state("begin_task", f"a task named {name!r} is finished already", "choose another name")
         if any(isinstance(layer, Layer) and layer.merged for layer in self.layers.values()):
             raise _state("begin_task", "the adapters are merged into the weights", "unmerge() first")
@@ -231,7 +246,7 @@ class ContinualAdapter:
             if self.tasks:  # before the first task R_delta may hold the start itself, which must stay learnable
                 layer.adapter = core.begin_task(layer.adapter)
             layer.gradients = {}
-            self._fast[n] = _like(self._moments[n], layer.adapter.R_delta)
+            self._fast[n] = _like(self.moments(n), layer.adapter.R_delta)
         for optimizer in self._optimizers:
             optimizer.at_boundary()
 
@@ -255,7 +270,7 @@ class ContinualAdapter:
         for name, layer in self.layers.items():
             layer.adapter, layer.gradients = core.end_task(layer.adapter), {}
             if self._observed is not None:  # folded first: the memory holds the sum as rounded
-                self._moments[name] = core.record(self._moments[name], _wide(layer.adapter), self._observed[name])
+                self._moments[name] = core.record(self._moments[name], _wide(self._whole(name)), self._observed[name])
         if self._observed is None:
             self._unobserved.append(self._open)
         self._snapshots[self._open] = {name: layer.adapter for name, layer in self.layers.items()}
@@ -279,8 +294,8 @@ class ContinualAdapter:
             x = batch[0] if isinstance(batch, tuple | list) else batch
             self.network.forward(x)
             n = x.shape[0]
-            for name, layer in self.layers.items():
-                C = n * core.second_moment(_wide_array(layer.routed_input()))
+            for name in self.layers:
+                C = n * core.second_moment(_wide_array(self._routed_input(name)))
                 sums[name] = sums[name] + C if name in sums else C
             rows += n
         if rows == 0:
@@ -292,8 +307,27 @@ class ContinualAdapter:
     # --- memory ------------------------------------------------------------------------------------------------
 
     def moments(self, name: str) -> core.Moments:
-        """The memory of one layer."""
-        return self._moments[name]
+        """The memory of one layer, of the directions in use."""
+        S, P, q = self._moments[name]
+        if name not in self._spare:
+            return core.Moments(S, P, q)
+        r = self.layers[name].adapter.R_old.shape[-1]
+        return core.Moments(S[:r, :r], P[:r, :r], q)
+
+    def _whole(self, name: str) -> core.Adapter:
+        """The same function with the spare directions included, which no routing uses."""
+        adapter = self.layers[name].adapter
+        return core.expand(adapter, *self._spare[name]) if name in self._spare else adapter
+
+    def _routed_input(self, name: str) -> Array:
+        """Of all directions, (rows, r + spare)."""
+        layer = self.layers[name]
+        u = layer.routed_input()
+        if name not in self._spare:
+            return u
+        xp = array_namespace(u)
+        more = layer.input @ xp.matrix_transpose(self._spare[name][1])
+        return xp.concat([u, xp.reshape(more, (-1, more.shape[-1]))], axis=1)
 
     def _need_moments(self, verb: str) -> None:
         if self.factors == "every-task":
@@ -313,12 +347,23 @@ class ContinualAdapter:
                     fix="call adapter.observe(loader) as the last thing in the task",
                 )
             )
+        if self._blind:
+            raise MomentsIncomplete(
+                message(
+                    f"clora_numpy.{verb}",
+                    "earlier tasks were not observed in all directions that are now in use",
+                    got=f"ranks that had been expanded beyond max_rank in {', '.join(self._blind)}",
+                    needed="directions that were drawn before the first task",
+                    cause="expand() without max_rank, before the adapter was saved",
+                    fix="attach with max_rank=, the rank to grow to at most",
+                )
+            )
 
     def drift(self, *, since: str = "task-ends") -> dict[str, float]:
         """The forgetting meter of each layer, see `clora_core.drift`; in float64."""
         self._need_moments("drift")
         return {
-            name: float(core.drift(_wide(layer.adapter), self._moments[name], since=since))
+            name: float(core.drift(_wide(layer.adapter), self.moments(name), since=since))
             for name, layer in self.layers.items()
         }
 
@@ -420,7 +465,14 @@ class ContinualAdapter:
         if any(isinstance(layer, Layer) and layer.merged for layer in self.layers.values()):
             raise _state("restore", "the adapters are merged into the weights", "unmerge() first")
         for n, layer in self.layers.items():
-            layer.adapter = self._snapshots[name][n]
+            before = self._snapshots[name][n]
+            r = before.R_old.shape[-1]
+            if self.factors != "every-task" and before.A is not None and r != layer.adapter.R_old.shape[-1]:
+                A, _, _, B = self._whole(n)  # of the highest rank
+                self._spare.pop(n, None)
+                if r < A.shape[-1]:
+                    self._spare[n] = A[:, r:], B[r:, :]
+            layer.adapter = before
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -449,6 +501,33 @@ class ContinualAdapter:
             raise _state("unmerge", "the adapters are not merged", "merge() first")
         for layer in layers:
             layer.unmerge()
+
+    # --- saving ------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write all of the adapter into a folder that `load`, and every other framework of clora, reads.
+
+        Parameters
+        ----------
+        folder : path
+            Made where it does not exist. Saving to it again replaces what is there in one step; see
+            `clora_store.save`, which also says what it raises.
+        overwrite : bool
+            Replace the adapter of another run.
+
+        Notes
+        -----
+        Base weights and optimizers are not in it.
+        """
+        from . import folders
+
+        folders.save(self, folder, overwrite=overwrite)
+
+    def export_peft(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Write the present function, or that of ``task=``, as a PEFT LoRA folder; see `clora_store.export_peft`."""
+        from . import folders
+
+        return folders.export_peft(self, folder, **options)
 
 
 class Optimizer:
@@ -514,7 +593,7 @@ class Optimizer:
         self.adapter._need_moments("protect")
         full = []
         for n, layer in self.adapter.layers.items():
-            basis = core.protected_basis(self.adapter._moments[n].S, energy=self._energies[n])
+            basis = core.protected_basis(self.adapter.moments(n).S, energy=self._energies[n])
             self._bases[n] = _like(basis, layer.adapter.R_delta)
             if bool(array_namespace(basis.weights).all(basis.weights > 0)):
                 full.append(n)

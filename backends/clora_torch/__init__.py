@@ -7,5 +7,6 @@ from ._adapter import ContinualAdapter
 from ._attach import attach
 from ._function import adapted_linear, routed
 from ._part import LayerAdapter
+from ._store import load
 
-__all__ = ["ContinualAdapter", "LayerAdapter", "adapted_linear", "attach", "routed"]
+__all__ = ["ContinualAdapter", "LayerAdapter", "adapted_linear", "attach", "load", "routed"]

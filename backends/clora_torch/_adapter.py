@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 import clora_core as core
 from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, message
 
-from . import _growth, _merge, _penalty, _state
+from . import _growth, _merge, _penalty, _state, _store
 from ._distributed import full, like, settle
 from ._errors import out_of_order
 from ._layers import CHILD, Adapted, refuse_replaced
@@ -70,6 +71,7 @@ class ContinualAdapter:
         self._projection: Projection | None = None
         self._frozen = Frozen()
         self._watch: Watch | None = Watch(self)
+        self._saved: dict[str, str] = {}  # folder -> digest of what this adapter last saved there, or loaded
         self._choose_trained()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,7 +166,9 @@ class ContinualAdapter:
     def _check_begin(self, name: str) -> None:
         if self._open is not None:
             raise out_of_order("begin_task", f"task {self._open!r} is still open", "end_task() first")
-        if name in self._snapshots:
+        if not isinstance(name, str):
+            raise out_of_order("begin_task", f"the name of a task is a {type(name).__name__}", "pass str(name)")
+        if name in self.tasks:
             raise out_of_order("begin_task", f"a task named {name!r} is finished already", "choose another name")
         self._need_unmerged("begin_task")
 
@@ -657,6 +661,28 @@ class ContinualAdapter:
         Where a task was open, ``with adapter.task(name)`` of the same name goes on with it.
         """
         _state.load(self, state)
+
+    def save(self, folder: str | os.PathLike[str], *, overwrite: bool = False) -> None:
+        """Write all of the adapter into a folder that `load`, and every other framework of clora, reads.
+
+        Parameters
+        ----------
+        folder : path
+            Made where it does not exist. Saving to it again replaces what is there in one step; see
+            `clora_store.save`, which also says what it raises.
+        overwrite : bool
+            Replace the adapter of another run.
+
+        Notes
+        -----
+        Base weights and optimizers are not in it. Under DistributedDataParallel one process saves; under fully_shard
+        every process calls it, and the first writes.
+        """
+        _store.save(self, folder, overwrite=overwrite)
+
+    def export_peft(self, folder: str | os.PathLike[str], **options: Any) -> Any:
+        """Write the present function, or that of ``task=``, as a PEFT LoRA folder; see `clora_store.export_peft`."""
+        return _store.export_peft(self, folder, **options)
 
 
 def _makes_nested(encoder: nn.TransformerEncoder) -> bool:

@@ -96,18 +96,7 @@ def attach(
     """
     _check(factors, scheme, train_routing, dropout, rank, max_rank)
     modules = dict(model.named_modules())
-    held = next((n for n, m in modules.items() if isinstance(m, Adapted)), None)
-    if held is not None:
-        raise StateError(
-            message(
-                "clora_torch.attach",
-                f"the model has adapters already, on {held!r} for one",
-                got="a second attach",
-                needed="a model without adapters",
-                cause="attach called twice on one model, or a copied model whose adapter was not copied with it",
-                fix="name all layers in one attach; or call detach() of the first adapter before",
-            )
-        )
+    refuse_second(modules)
     heads = _heads(modules, listed(heads))
     found = find(model, targets, rank=rank, ranks=ranks or {}, exclude=exclude, heads=heads) if targets else []
     names = sorted({t.name for t in found} | heads)
@@ -123,14 +112,24 @@ def attach(
             )
         )
     for name in names:
-        refuse(name, modules[name], modules.get(name.rpartition(".")[0]))
-        if name in heads:
-            refuse_head(name, modules[name])
+        refuse_layer(name, modules, head=name in heads)
     if seed is None:
         seed = int(torch.randint(2**62, ()).item())
     rng = np.random.default_rng(seed)
     parts = {t: _part(t, modules[t.name], rng, scheme, scale, stop_old, dropout, max_rank) for t in found}
+    return install(model, parts, sorted(heads), factors, train_routing, scale)
 
+
+def install(
+    model: nn.Module,
+    parts: Mapping[Target, LayerAdapter],
+    heads: Sequence[str],
+    factors: str,
+    train_routing: bool,
+    scale: float,
+) -> ContinualAdapter:
+    """Put adapters on layers that were found fit for them, turn classifiers into heads, and freeze the rest."""
+    modules = dict(model.named_modules())
     frozen = {p: p.requires_grad for p in model.parameters()}
     for parameter in frozen:
         parameter.requires_grad_(False)
@@ -142,10 +141,9 @@ def attach(
         if target.rows:
             module._modules[CHILD].add_module(f"{target.rows[0]}:{target.rows[1]}", part)
         layers[str(target)] = part
-    for name in modules:
-        if name in heads:
-            layers[name] = head(modules[name])
-    for name in names:
+    for name in (name for name in modules if name in heads):
+        layers[name] = head(modules[name])
+    for name in {*(target.name for target in parts), *heads}:
         parent = modules.get(name.rpartition(".")[0])
         if isinstance(parent, nn.MultiheadAttention) and CHILD not in parent._modules:
             _adapt(parent, nn.ModuleDict())  # so that it calls its out_proj
@@ -157,6 +155,29 @@ def attach(
             "them back; put them in eval mode while training"
         )
     return adapter
+
+
+def refuse_second(modules: Mapping[str, nn.Module]) -> None:
+    """One adapter per model."""
+    held = next((n for n, m in modules.items() if isinstance(m, Adapted)), None)
+    if held is not None:
+        raise StateError(
+            message(
+                "clora_torch.attach",
+                f"the model has adapters already, on {held!r} for one",
+                got="a second attach",
+                needed="a model without adapters",
+                cause="attach called twice on one model, or a copied model whose adapter was not copied with it",
+                fix="name all layers in one attach; or call detach() of the first adapter before",
+            )
+        )
+
+
+def refuse_layer(name: str, modules: Mapping[str, nn.Module], *, head: bool) -> None:
+    """Raise where a layer can't be adapted, or can't be a head."""
+    refuse(name, modules[name], modules.get(name.rpartition(".")[0]))
+    if head:
+        refuse_head(name, modules[name])
 
 
 def _heads(modules: Mapping[str, nn.Module], patterns: Sequence[Pattern]) -> set[str]:
