@@ -11,11 +11,13 @@ from typing import Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from clora_core.errors import CloraError, MissingDependencyError
+
+from . import folders
+from .console import console, messages
 
 STUDY = {"sklearn": "scikit-learn", "mlxtend": "mlxtend", "matplotlib": "matplotlib", "platformdirs": "platformdirs"}
 
@@ -25,8 +27,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-console = Console()
-messages = Console(stderr=True)
 
 
 def _version(value: bool) -> None:
@@ -42,6 +42,9 @@ def options(
     ] = False,
 ) -> None:
     """C-LoRA: continual low-rank adaptation with one adapter."""
+
+
+folders.register(app)
 
 
 @app.command()
