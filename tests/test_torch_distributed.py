@@ -161,9 +161,31 @@ def several_tasks_are_those_of_one_process(wrap: Wrap, rank: int) -> Any:
         loaded.restore(name)
         assert torch.equal(net(X), other(X))
     assert loaded.drift() == adapter.drift()
+    in_one_folder(adapter, rank)
     with adapter.rows(["task-0", None] * 12), loaded.rows(["task-0", None] * 12):
         assert torch.equal(net(X), other(X))
     return net, adapter
+
+
+def in_one_folder(adapter: Any, rank: int) -> None:
+    """Saved by the first process (under fully_shard all take part), loaded by all; what one refuses, all are told."""
+    place = [tempfile.mkdtemp() if rank == 0 else None]
+    torch.distributed.broadcast_object_list(place)
+    collective = isinstance(adapter.layers["0.0"].R_delta, DTensor)
+    for _ in range(2):  # and over what was saved before
+        if collective or rank == 0:
+            adapter.save(f"{place[0]}/folder")
+        torch.distributed.barrier()
+    other = clora.load(blocks_of_network(), f"{place[0]}/folder")
+    assert other.tasks == adapter.tasks
+    equal_everywhere(arrays(other))
+    assert all(torch.equal(array, arrays(other)[name]) for name, array in arrays(adapter).items())
+    if collective:
+        _, stranger = adapted()
+        stranger.save(f"{place[0]}/{rank}")
+        adapter._saved.clear()
+        with raises(StateError, "holds another adapter"):
+            adapter.save(f"{place[0]}/folder")
 
 
 @contextmanager
@@ -236,7 +258,7 @@ def the_documentation_runs(rank: int, words: str) -> None:
         os.chdir(there)
         exec(compile(block, page.name, "exec"), {**names, "own_loaders": loaders, "loss_fn": functional.cross_entropy})
         os.chdir(folder)
-        assert Path(there, "adapter.pt").exists() == (rank == 0)
+        assert Path(there, "my-adapter", "clora.json").exists() == (rank == 0)
 
 
 def replicated(rank: int) -> None:
