@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from clora_core.errors import CloraError, FormatError, StateError, message
 
@@ -211,7 +210,7 @@ def _write(path: Path, stem: str, tensors: Tensors, files: dict[str, File]) -> s
         hashing = pool.submit(st.hashes, tensors)
         try:
             if stem == "state":  # new at every save: written while it is hashed
-                save_file(tensors, scratch)
+                st.write_file(scratch, tensors)
             described = {
                 name: Described(st.dtype_name(array.dtype) or "", array.shape, sha256)
                 for (name, array), sha256 in zip(tensors.items(), hashing.result().values(), strict=True)
@@ -220,7 +219,7 @@ def _write(path: Path, stem: str, tensors: Tensors, files: dict[str, File]) -> s
             name = f"{stem}-{_digest(content)[:32]}.safetensors"
             if not _intact(path, name, described):
                 if stem != "state":
-                    save_file(tensors, scratch)
+                    st.write_file(scratch, tensors)
                 with open(scratch, "rb+") as file:
                     os.fsync(file.fileno())
                 os.replace(scratch, path / name)

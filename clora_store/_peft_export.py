@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from safetensors.numpy import save_file
 
 import clora_core as core
 from clora_core.errors import InvalidValueError, OptionError, RankError, StateError, message
@@ -172,9 +171,7 @@ def export_peft(
             )
     path.mkdir(parents=True, exist_ok=True)
     try:
-        save_file(written, path / WEIGHTS, metadata={"format": "pt"})
-        with open(path / WEIGHTS, "rb+") as file:
-            os.fsync(file.fileno())
+        st.write_file(path / WEIGHTS, written, {"format": "pt"})
         sync(path)
         replace(path / CONFIG, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     except BaseException:

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors.numpy import save_file
 
 from clora_core.errors import FormatError, message
 
@@ -101,6 +102,16 @@ def opened(path: Path, where: str) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def write_file(path: Path, tensors: dict[str, np.ndarray[Any, Any]], metadata: dict[str, str] | None = None) -> None:
+    """Write a file and flush it to the disk, readable by whom new files are (the library makes its own private)."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    save_file(tensors, path, metadata=metadata)
+    path.chmod(mode)
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def read_header(fd: int, where: str, *, limit: int = LARGEST_HEADER) -> Header:

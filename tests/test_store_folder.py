@@ -17,7 +17,7 @@ from hypothesis import given
 import clora_core as core
 import clora_store as store
 from clora_core.errors import FormatError, StateError
-from clora_store import _folder
+from clora_store import _folder, _safetensors
 
 DATA = Path(__file__).parent / "data"
 
@@ -171,7 +171,7 @@ def test_the_second_writer_is_told(tmp_path, monkeypatch):
     same(store.load(tmp_path), make_state(10))
 
 
-CALLS = [(os, "replace"), (os, "fsync"), (_folder, "save_file"), (builtins, "open"), (_folder, "sync")]
+CALLS = [(os, "replace"), (os, "fsync"), (_safetensors, "save_file"), (builtins, "open"), (_folder, "sync")]
 
 
 @pytest.mark.parametrize(("owner", "name"), CALLS, ids=[name for _, name in CALLS])
@@ -384,6 +384,14 @@ def test_what_is_no_file_is_refused_without_waiting(tmp_path, make):
         path.symlink_to("/dev/zero")
     with pytest.raises(FormatError, match="no regular file"):
         store.load(tmp_path)
+
+
+def test_files_are_as_readable_as_others(tmp_path):
+    (tmp_path / "other").touch()
+    store.save(tmp_path / "a", make_state(20))
+    store.export_peft(make_state(20), tmp_path / "b")
+    modes = {path.name: path.stat().st_mode for folder in "ab" for path in (tmp_path / folder).iterdir()}
+    assert set(modes.values()) == {(tmp_path / "other").stat().st_mode}
 
 
 def test_a_folder_moves_and_copies(tmp_path):

@@ -139,7 +139,8 @@ def to_state(adapter: ContinualAdapter) -> store.State:
     fields = {"R_old": "R", "A": "A", "B": "B"}
     part = next(iter(adapter.layers.values()))
     adapted = next((part for part in adapter.layers.values() if part.A is not None), part)
-    base = getattr(getattr(adapter.model, "config", None), "_name_or_path", None) or type(adapter.model).__name__
+    base = str(getattr(getattr(adapter.model, "config", None), "_name_or_path", "") or type(adapter.model).__name__)
+    base = os.path.basename(base) if os.path.isabs(base) else base  # a path of this machine says nothing elsewhere
     return store.State(
         layers=layers,
         factors=adapter.factors,
@@ -159,7 +160,7 @@ def to_state(adapter: ContinualAdapter) -> store.State:
             "train_routing": adapter.train_routing,
             "scale": adapter.scale,
         },
-        provenance={"framework": f"torch {torch.__version__}", "base": str(base)},
+        provenance={"framework": f"torch {torch.__version__}", "base": base},
     )
 
 
