@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import time
 from collections import deque
@@ -17,22 +15,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import array_api_compat.numpy as xp
 import numpy as np
 
-import clora_core as core
-from clora_core.errors import CloraError, DTypeError, InvalidValueError, OptionError, ShapeError, StateError, message
+from clora_core.errors import CloraError, InvalidValueError, message
 
 from . import _safetensors as st
+from ._base import JOURNAL, find_shards, match, option_error, other_files, read_small, state_error
 from ._blocks import BLOCK, BLOCKS, Job, Piece, Shard, Sums, Work, add, jobs, pool
-from ._folder import BOOK, locked, replace, sweep, sync
-from ._functions import adapter_at
-from ._state import LAYOUTS, Array, Layer, State, check
+from ._folder import locked, replace, sweep, sync
+from ._state import LAYOUTS, State, check
 
-JOURNAL = "clora-merge.json"
 FLUSH_SECONDS = 0.25
-PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack", ".onnx", ".gguf", ".safetensors"}
-SMALL = 1 << 28
 
 
 class LayerReport(NamedTuple):
@@ -118,17 +111,17 @@ def merge_checkpoint(
     """
     where = f"clora_store.merge_checkpoint({os.fspath(base)!r})"
     if layout is not None and layout not in LAYOUTS:
-        raise _option(where, "unknown layout", repr(layout), " or ".join(map(repr, LAYOUTS)), "pass one of these")
+        raise option_error(where, "unknown layout", repr(layout), " or ".join(map(repr, LAYOUTS)), "pass one of these")
     check(state, where)
     source, target = Path(base), Path(out)
     if target.exists() and source.exists() and target.resolve() in (source.resolve(), source.resolve().parent):
-        raise _state(where, "the output is the input", os.fspath(out), "a new folder", "choose another --out")
-    shards, index = _shards(source, where)
+        raise state_error(where, "the output is the input", os.fspath(out), "a new folder", "choose another --out")
+    shards, index = find_shards(source, where)
     tensors = {name: entry for shard in shards for name, entry in shard.header.entries.items()}
-    pieces, heads = _match(state, tensors, task, rename, layout, where)
+    pieces, heads = match(state, tensors, task, rename, layout, where)
     plan = _plan_digest(shards, state, task, rename, layout)
     total = sum(shard.header.total for shard in shards)
-    others = _others(source)
+    others = other_files(source)
     target.mkdir(parents=True, exist_ok=True)
     with locked(target, where):
         sweep(target)
@@ -141,11 +134,11 @@ def merge_checkpoint(
             free = shutil.disk_usage(target).free
             if free < left:
                 fix = "make room, or write to another disk"
-                raise _state(where, "the disk is too full", f"{free:,} bytes free", f"{left:,} bytes", fix)
+                raise state_error(where, "the disk is too full", f"{free:,} bytes free", f"{left:,} bytes", fix)
             _write(work, journal, total, progress)
             last = [path for path in others if path.name == "config.json"]
             for path in [path for path in others if path not in last] + ([index] if index else []) + last:
-                replace(target / path.name, _read_small(path, where))
+                replace(target / path.name, read_small(path, where))
         layers = _reports(journal, pieces, tensors)
         journal |= {"complete": True, "layers": {name: layer._asdict() for name, layer in layers.items()}}
         replace(target / JOURNAL, (json.dumps(journal, indent=1) + "\n").encode())
@@ -163,184 +156,6 @@ def _write(work: Work, journal: dict[str, Any], total: int, progress: Callable[[
                 written += count
                 if progress is not None:
                     progress(written, total)
-
-
-# --- what there is -----------------------------------------------------------------------------------------------
-
-
-def _shards(source: Path, where: str) -> tuple[list[Shard], Path | None]:
-    """The files of a checkpoint with their headers, and its index."""
-    index: Path | None = None
-    if source.is_dir():
-        indices = sorted(source.glob("*.safetensors.index.json"))
-        if len(indices) > 1:
-            got = ", ".join(path.name for path in indices)
-            raise _option(
-                where, "several checkpoints in one folder", got, "one index", "pass a folder with one of them"
-            )
-        if indices:
-            index = indices[0]
-            files = _listed(index, where)
-        else:
-            files = sorted(source.glob("*.safetensors"))
-        if len(files) > 1 and index is None:
-            got = ", ".join(path.name for path in files[:8])
-            raise _option(where, "several files and no index", got, "an index, or one file", "pass the file itself")
-    else:
-        files = [source]
-    if not files or not all(path.exists() for path in files):
-        missing = next((path.name for path in files if not path.exists()), "*.safetensors")
-        fix = "pass the folder or file of a safetensors checkpoint; pickled weights are never read"
-        raise _option(where, "there is no checkpoint", f"no {missing}", "safetensors files", fix)
-    shards, seen = [], dict[str, str]()
-    for path in files:
-        with st.opened(path, f"{where}, {path.name}") as fd:
-            shards.append(Shard(path, path.name, st.read_header(fd, f"{where}, {path.name}")))
-        for name in shards[-1].header.entries:
-            if name in seen:
-                raise st.bad(where, f"tensor {name!r} is there twice", f"{seen[name]} and {path.name}", "once")
-            seen[name] = path.name
-    return shards, index
-
-
-def _listed(index: Path, where: str) -> list[Path]:
-    text = st.parse_json(_read_small(index, where), f"{where}, {index.name}")
-    names = text.get("weight_map") if isinstance(text, dict) else None
-    if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise st.bad(where, f"{index.name} has no weight_map of names", type(names).__name__, "an object of strings")
-    files = sorted(set(names.values()))
-    for name in files:
-        if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
-            raise st.bad(
-                where, f"{index.name} names a file that is no shard beside it", repr(name)[:200], "a plain name"
-            )
-    return [index.parent / name for name in files]
-
-
-def _others(source: Path) -> list[Path]:
-    """Small files that belong to a model's folder."""
-    if not source.is_dir():
-        return []
-    return sorted(
-        path
-        for path in source.iterdir()
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.name not in (JOURNAL, BOOK)
-        and path.suffix not in PICKLED
-        and not path.name.endswith(".index.json")
-        and path.stat().st_size <= SMALL
-    )
-
-
-def _match(
-    state: State,
-    tensors: dict[str, st.Entry],
-    task: str | None,
-    rename: Sequence[tuple[str, str]],
-    layout: str | None,
-    where: str,
-) -> tuple[dict[str, list[Piece]], dict[str, tuple[str, Array]]]:
-    """tensor -> what is added to it, and tensor -> (layer, what takes its place)."""
-
-    def name_of(weight: str) -> str:
-        for pattern, replacement in rename:
-            try:
-                weight = re.sub(pattern, replacement, weight)
-            except (re.error, IndexError) as error:
-                got = f"{pattern!r} -> {replacement!r}: {error}"
-                raise _option(where, "a rule is no regular expression", got, "REGEX=REPLACEMENT", "escape it") from None
-        return weight
-
-    def entry_of(layer: str, weight: str) -> tuple[str, st.Entry]:
-        name = name_of(weight)
-        if name not in tensors:
-            ends = [n for n in tensors if n.endswith(f".{name}")]
-            near = ends or difflib.get_close_matches(name, tensors, n=3, cutoff=0.5)
-            fix = "rename it: --rename 'REGEX=REPLACEMENT'"
-            if len(ends) == 1:
-                fix = f"the checkpoint has a prefix: --rename '^={ends[0].removesuffix(name)}'"
-            what = f"the weight of layer {layer!r} is not in the checkpoint"
-            raise _option(where, what, repr(name), f"one of its tensors (near: {', '.join(near) or 'none'})", fix)
-        if tensors[name].dtype not in st.DTYPES:
-            raise DTypeError(
-                message(
-                    where,
-                    f"tensor {name!r} can't be merged into",
-                    got=tensors[name].dtype,
-                    needed=", ".join(st.DTYPES),
-                    cause="a quantised checkpoint",
-                    fix="merge into the unquantised one, and quantise the result",
-                )
-            )
-        return name, tensors[name]
-
-    pieces: dict[str, list[Piece]] = {}
-    heads: dict[str, tuple[str, Array]] = {}
-    for layer_name, layer in state.layers.items():
-        target, adapter = layer.target, adapter_at(state, layer_name, task)
-        name, entry = entry_of(layer_name, target.weight)
-        if target.tied:  # also where both are stored: loading such a model ties them again
-            fix = "untie the two in the model before attaching, or keep the adapter unmerged"
-            raise _state(
-                where,
-                f"the weight of layer {layer_name!r} is tied to one that was not adapted",
-                f"{', '.join(target.tied)} read the same tensor {name!r}",
-                "a tensor of its own",
-                fix,
-            )
-        if layer.kind == "head":
-            V = core.routing(adapter, xp=xp)
-            parts = {target.weight: V} if target.bias is None else {target.weight: V[:, :-1], target.bias: V[:, -1]}
-            for weight, value in parts.items():
-                name, entry = entry_of(layer_name, weight)
-                _need_shape(name, entry.shape, value.shape, "a head that has grown; merge and save it in torch", where)
-                if name in heads or name in pieces:
-                    raise _option(where, "two layers on one tensor", repr(name), "one each", "look at --rename")
-                heads[name] = (layer_name, value)
-            continue
-        piece = _piece(layer_name, layer, adapter, name, entry, layout, where)
-        if name in heads or any(_overlap(piece, other) for other in pieces.get(name, [])):
-            raise _option(where, "two layers on one tensor", repr(name), "one each", "look at --rename")
-        pieces.setdefault(name, []).append(piece)
-    return pieces, heads
-
-
-def _piece(
-    layer_name: str, layer: Layer, adapter: core.Adapter, name: str, entry: st.Entry, layout: str | None, where: str
-) -> Piece:
-    target, stored = layer.target, layer.target.layout
-    shape = target.shape
-    if layout is not None and layer.kind == "linear" and layout != stored:
-        stored, shape = layout, shape[::-1]
-    hint = "another model"
-    if layer.kind == "linear" and entry.shape == shape[::-1]:
-        hint = f"a checkpoint in the other layout: pass layout={LAYOUTS[stored == LAYOUTS[0]]!r}"
-    _need_shape(name, entry.shape, shape, hint, where)
-    wide = np.float64 if "F64" in (entry.dtype, st.dtype_name(adapter.R_old.dtype)) else np.float32
-    A, R_old, R_delta, B = wide_adapter = core.Adapter(*(array.astype(wide) for array in adapter))
-    R = core.routing(wide_adapter, xp=xp)
-    rows = target.rows or (0, target._replace(rows=None).matrix[0])
-    largest = core.Adapter(abs(A).max(0, keepdims=True), R_old, R_delta, abs(B).max(1, keepdims=True))
-    left, right = (A, R @ B) if stored == "out,in" else (B.T, (A @ R).T)
-    left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
-    ranges = (rows, (0, B.shape[1])) if stored == "out,in" else ((0, B.shape[1]), rows)
-    return Piece(layer_name, left, right, right @ right.T, *ranges, largest)
-
-
-def _overlap(one: Piece, two: Piece) -> bool:
-    def meet(a: tuple[int, int], b: tuple[int, int]) -> bool:
-        return a[0] < b[1] and b[0] < a[1]
-
-    return meet(one.rows, two.rows) and meet(one.columns, two.columns)
-
-
-def _need_shape(name: str, got: tuple[int, ...], needed: tuple[int, ...], cause: str, where: str) -> None:
-    if got != needed:
-        fix = "pass the checkpoint the adapter was trained on"
-        raise ShapeError(
-            message(where, f"tensor {name!r} has another shape", got=got, needed=needed, cause=cause, fix=fix)
-        )
 
 
 # --- going on ----------------------------------------------------------------------------------------------------
@@ -365,15 +180,19 @@ def _resume(target: Path, plan: str, where: str) -> dict[str, Any]:
     """The journal of an interrupted merge of the same things, or a new one."""
     if (target / JOURNAL).exists():
         try:
-            journal = st.parse_json(_read_small(target / JOURNAL, where), where)
+            journal = st.parse_json(read_small(target / JOURNAL, where), where)
         except CloraError:
             journal = {}
         if _is_journal(journal) and journal["plan"] == plan:
             return journal
         got = "a merge of other things" if _is_journal(journal) else f"a {JOURNAL} that is none"
-        raise _state(where, "the folder holds another merge", got, "a new folder", "choose another --out, or remove it")
+        raise state_error(
+            where, "the folder holds another merge", got, "a new folder", "choose another --out, or remove it"
+        )
     if any(target.iterdir()):
-        raise _state(where, "the folder is not new", "files in it", "a new or empty folder", "choose another --out")
+        raise state_error(
+            where, "the folder is not new", "files in it", "a new or empty folder", "choose another --out"
+        )
     return {"schema": "clora-merge/1", "plan": plan, "complete": False, "done": {}, "sums": {}}
 
 
@@ -408,14 +227,6 @@ def _settle(journal: dict[str, Any], work: Work) -> None:
 
 def _size(path: Path) -> int | None:
     return path.stat().st_size if path.is_file() else None
-
-
-def _read_small(path: Path, where: str) -> bytes:
-    with st.opened(path, f"{where}, {path.name}") as fd:
-        size = os.fstat(fd).st_size
-        if size > SMALL:
-            raise st.bad(where, f"{path.name} is too large", size, f"at most {SMALL}")
-        return st.read_exactly(fd, size, 0, where)
 
 
 def _merge_shard(
@@ -499,13 +310,3 @@ def _reports(
             bound = piece.bound(largest, st.DTYPES[tensors[tensor].dtype])
             out[piece.layer] = LayerReport(tensor, *ratios, same / count, bound)
     return out
-
-
-def _option(where: str, what: str, got: str, needed: str, fix: str) -> OptionError:
-    cause = "names or options of another model"
-    return OptionError(message(where, what, got=got, needed=needed, cause=cause, fix=fix))
-
-
-def _state(where: str, what: str, got: str, needed: str, fix: str) -> StateError:
-    cause = "a folder or disk that is in use for something else"
-    return StateError(message(where, what, got=got, needed=needed, cause=cause, fix=fix))
