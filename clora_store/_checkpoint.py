@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -11,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,12 +150,18 @@ def _write(work: Work, journal: dict[str, Any], total: int, progress: Callable[[
     """All that is not written yet."""
     replace(work.target / JOURNAL, json.dumps(journal).encode())
     written = sum(journal["done"].values())
-    with pool(work) as (threads, do):
-        for number in range(len(work.shards)):
-            for count in _merge_shard(work, number, threads, do, journal):
-                written += count
-                if progress is not None:
-                    progress(written, total)
+    # The disk works on its own: data reach it, and only then the journal says so, while later blocks are merged.
+    with pool(work) as (threads, do), ThreadPoolExecutor(1) as flusher:
+        notes: list[Future[None]] = []
+        try:
+            for number in range(len(work.shards)):
+                for count in _merge_shard(work, number, threads, do, journal, flusher, notes):
+                    written += count
+                    if progress is not None:
+                        progress(written, total)
+        finally:
+            for note in notes:
+                note.result()
 
 
 # --- going on ----------------------------------------------------------------------------------------------------
@@ -230,59 +236,68 @@ def _size(path: Path) -> int | None:
 
 
 def _merge_shard(
-    work: Work, number: int, threads: ThreadPoolExecutor, do: Callable[[int, Job], Sums], journal: dict[str, Any]
+    work: Work,
+    number: int,
+    threads: ThreadPoolExecutor,
+    do: Callable[[int, Job], Sums],
+    journal: dict[str, Any],
+    flusher: ThreadPoolExecutor,
+    notes: list[Future[None]],
 ) -> Iterator[int]:
     """Write one file; yields the number of bytes of every job that is done, in order."""
     shard = work.shards[number]
-    done = journal["done"][shard.name]
+    position = journal["done"][shard.name]
     final, partial = work.target / shard.name, work.partial(number)
-    if done == shard.header.total and final.exists():
+    if position == shard.header.total and final.exists():
         return
-    with ExitStack() as stack:
-        to = os.open(partial, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
-        stack.callback(os.close, to)
-        os.truncate(to, shard.header.total)
-        waiting: deque[tuple[Job, Future[Sums]]] = deque()
-        stack.callback(lambda: [future.cancel() for _, future in waiting])
-        flusher = stack.enter_context(ThreadPoolExecutor(1))  # the disk works while the processor does
-        flushing: Future[None] | None = None
-        saved = time.monotonic()
+    _reserve(partial, shard.header.total)
+    waiting: deque[tuple[Job, Future[Sums]]] = deque()
+    saved = time.monotonic()
 
-        def note(text: bytes) -> None:
-            os.fsync(to)
-            replace(work.target / JOURNAL, text)
+    def note(text: bytes, last: bool) -> None:
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        replace(work.target / JOURNAL, text)
+        if last:
+            os.replace(partial, final)
+            sync(work.target)
 
-        def noted(position: int) -> bytes:
-            journal["done"][shard.name] = position
-            return json.dumps(journal).encode()
+    try:
+        todo = jobs(work, number, position)
+        more = True
+        while more or waiting:
+            while more and len(waiting) < 4 * st.WORKERS:
+                job = next(todo, None)
+                more = job is not None
+                if job is not None:
+                    waiting.append((job, threads.submit(do, number, job)))
+            if not waiting:
+                break
+            job, future = waiting.popleft()
+            for layer, sums in future.result():
+                _check_finite(layer, sums, work.where)
+                add(journal["sums"].setdefault(layer, [0.0] * 6), sums)
+            position = journal["done"][shard.name] = job.stop
+            yield job.stop - job.start
+            if time.monotonic() - saved > FLUSH_SECONDS and (not notes or notes[-1].done()):
+                notes.append(flusher.submit(note, json.dumps(journal).encode(), False))
+                saved = time.monotonic()
+    finally:
+        for _, future in waiting:
+            future.cancel()
+        notes.append(flusher.submit(note, json.dumps(journal).encode(), position == shard.header.total))
 
-        position = done
-        try:
-            todo = jobs(work, number, done)
-            more = True
-            while more or waiting:
-                while more and len(waiting) < 4 * st.WORKERS:
-                    job = next(todo, None)
-                    more = job is not None
-                    if job is not None:
-                        waiting.append((job, threads.submit(do, number, job)))
-                if not waiting:
-                    break
-                job, future = waiting.popleft()
-                for layer, sums in future.result():
-                    _check_finite(layer, sums, work.where)
-                    add(journal["sums"].setdefault(layer, [0.0] * 6), sums)
-                position = job.stop
-                yield job.stop - job.start
-                if time.monotonic() - saved > FLUSH_SECONDS and (flushing is None or flushing.done()):
-                    flushing = flusher.submit(note, noted(position))
-                    saved = time.monotonic()
-        finally:
-            if flushing is not None:
-                flushing.result()
-            note(noted(position))
-    os.replace(partial, final)
-    sync(work.target)
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of that size, whose blocks the disk has set aside where it can."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            with contextlib.suppress(OSError):
+                os.posix_fallocate(fd, 0, size)
+        os.truncate(fd, size)
+    finally:
+        os.close(fd)
 
 
 def _check_finite(layer: str, sums: list[float], where: str) -> None:

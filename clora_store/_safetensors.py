@@ -128,7 +128,10 @@ def read_header(fd: int, where: str, *, limit: int = LARGEST_HEADER) -> Header:
     n = int.from_bytes(read_exactly(fd, 8, 0, where), "little")
     if not 2 <= n <= min(limit, total - 8):
         raise bad(where, "the header does not fit", f"{n} bytes", f"2 to {min(limit, total - 8)}")
-    raw = parse_json(read_exactly(fd, n, 8, where), where)
+    text = read_exactly(fd, n, 8, where)
+    if text[:1] != b"{":
+        raise bad(where, "the header does not begin with a brace", repr(text[:1]), "'{'")
+    raw = parse_json(text, where)
     if not isinstance(raw, dict):
         raise bad(where, "the header is no JSON object", type(raw).__name__, "an object")
     metadata = raw.pop("__metadata__", {})

@@ -196,7 +196,7 @@ def decode(text: bytes, where: str) -> Book:
         raise no("the files listed are not those used", f"{len(used)} used", f"{len(files)} listed")
     for name, rank in ranks.items():
         told = files[state].tensors.get(f"{name}.R_old")
-        if told is not None and (not told.shape or rank != told.shape[-1]):
+        if told is not None and (not told.shape or not is_size(rank) or rank != told.shape[-1]):
             raise no(f"layer {name!r} has another rank than its routing", repr(rank), told.shape)
     return Book(fields, layers, state, groups, files)
 
@@ -204,15 +204,14 @@ def decode(text: bytes, where: str) -> Book:
 def split(
     tensors: Mapping[str, Array], layers: Mapping[str, Any], known: tuple[str, ...], where: str
 ) -> dict[str, Any]:
-    """Layer -> field -> array, of "layer.field" -> array; no field but the known ones, no layer left out."""
+    """Layer -> field -> array, of "layer.field" -> array; fields that a later version has added are left out."""
     out: dict[str, dict[str, Array]] = {name: {} for name in layers}
     for key, array in tensors.items():
         name, _, field = key.rpartition(".")
-        if name not in out or field not in known:
-            raise bad(
-                where, "a tensor that belongs to no layer", repr(key)[:200], f"one of {', '.join(known)} of a layer"
-            )
-        out[name][field] = array
+        if name not in out:
+            raise bad(where, "a tensor of a layer that is not listed", repr(key)[:200], "a layer of clora.json")
+        if field in known:
+            out[name][field] = array
     return out
 
 

@@ -186,6 +186,8 @@ def check(state: State, where: str, *, finite: bool = True) -> None:
     for name, layer in state.layers.items():
         _check_arrays(name, layer, where)
         _check_layer(name, layer, where)
+        if layer.observed is not None and state.open is None:
+            raise no(f"layer {name!r} was observed in no task", "C, and no open task", "an open task")
     _check_places(state, where)
     for task, snapshots in state.snapshots.items():
         if set(snapshots) != set(state.layers):
@@ -245,6 +247,10 @@ def _check_layer(name: str, layer: Layer, where: str) -> None:
     )
     if len(target.shape) != axes or target.layout != layout or (layer.kind == "conv" and axes < 3):
         raise no(f"no weight of kind {layer.kind!r}", f"{target.layout!r} {target.shape}", f"{layout!r}, {axes} axes")
+    if layer.kind == "head" and target.rows is not None:
+        raise no("a head has rows of its own", target.rows, "none")
+    if layer.kind != "head" and target.bias is not None:
+        raise no("a bias, which heads alone have", repr(target.bias), "none")
     if target.rows is not None:
         whole = target._replace(rows=None).matrix[0]
         if not 0 <= target.rows[0] < target.rows[1] <= whole:
@@ -293,8 +299,8 @@ def _check_snapshot(name: str, snapshot: Snapshot, state: State, where: str) -> 
     shapes: dict[str, tuple[int, ...]]
     if layer.kind == "head":
         rows, columns = layer.adapter.R_old.shape
-        if snapshot.R.ndim != 2 or not 1 <= snapshot.R.shape[0] <= rows or snapshot.R.shape[1] != columns:
-            raise no("tensor R has another shape", snapshot.R.shape, f"up to ({rows}, {columns})")
+        if snapshot.R.ndim != 2 or not d_out <= snapshot.R.shape[0] <= rows or snapshot.R.shape[1] != columns:
+            raise no("tensor R has another shape", snapshot.R.shape, f"({d_out} to {rows}, {columns})")
         shapes = {"R": snapshot.R.shape}
     else:
         r = snapshot.R.shape[0] if snapshot.R.ndim else 0

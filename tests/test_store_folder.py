@@ -62,6 +62,24 @@ def edit(folder, **changes):
     (folder / "clora.json").write_text(json.dumps({**book, **changes}), encoding="utf-8")
 
 
+def test_fields_that_later_versions_add_are_ignored_and_layers_are_not(tmp_path):
+    state = make_state(2)
+    store.save(tmp_path, state)
+    book = json.loads((tmp_path / "clora.json").read_text(encoding="utf-8"))
+    tensors = safetensors.numpy.load_file(tmp_path / book["state"])
+    for name, error in (("block.0.proj.mask", None), ("block.9.proj.A", "a tensor of a layer that is not listed")):
+        safetensors.numpy.save_file({**tensors, name: np.ones(3, np.float32)}, tmp_path / book["state"])
+        about = {"dtype": "F32", "shape": [3], "sha256": _safetensors.sha256(np.ones(3, np.float32))}
+        file = {**book["files"][book["state"]], "bytes": (tmp_path / book["state"]).stat().st_size}
+        file["tensors"] = {**file["tensors"], name: about}
+        edit(tmp_path, files={**book["files"], book["state"]: file})
+        if error is None:
+            same(store.load(tmp_path), state)
+        else:
+            with pytest.raises(FormatError, match=error):
+                store.load(tmp_path)
+
+
 def test_what_later_versions_add_is_ignored_unless_they_say_it_matters(tmp_path):
     state = make_state(2)
     store.save(tmp_path, state)
@@ -280,10 +298,21 @@ BROKEN = {
     "several dtypes": lambda s: s.layers["block.0.proj"]._replace(
         adapter=s.layers["block.0.proj"].adapter._replace(A=s.layers["block.0.proj"].adapter.A.astype(np.float64))
     ),
-    "a dtype that no adapter has": lambda s: s.layers["head"]._replace(observed=np.zeros((6, 6), np.int32)),
+    "a dtype that no adapter has": lambda s: s.layers["head"]._replace(
+        moments=s.layers["head"].moments._replace(q=np.zeros((), np.int32))
+    ),
     "unknown kind": lambda s: s.layers["head"]._replace(kind="lstm"),
-    "a factor is missing": lambda s: s.layers["head"]._replace(kind="linear"),
-    "rows outside": lambda s: s.layers["head"]._replace(target=s.layers["head"].target._replace(rows=(1, 9))),
+    "a factor is missing": lambda s: s.layers["block.0.proj"]._replace(
+        adapter=s.layers["block.0.proj"].adapter._replace(B=None)
+    ),
+    "rows outside": lambda s: s.layers["block.0.proj"]._replace(
+        target=s.layers["block.0.proj"].target._replace(rows=(1, 9))
+    ),
+    "a head has rows": lambda s: s.layers["head"]._replace(target=s.layers["head"].target._replace(rows=(0, 3))),
+    "a bias, which heads alone have": lambda s: s.layers["block.0.proj"]._replace(
+        target=s.layers["block.0.proj"].target._replace(bias="b")
+    ),
+    "was observed in no task": lambda s: s.layers["head"]._replace(observed=np.zeros((6, 6))),
 }
 
 
@@ -291,7 +320,7 @@ BROKEN = {
 def test_a_state_that_does_not_fit_together_is_not_saved(tmp_path, what):
     state = make_state(18)
     layer = BROKEN[what](state)
-    name = "block.0.proj" if layer.adapter.A is not None else "head"
+    name = "head" if layer.target.weight == "head.weight" else "block.0.proj"
     with pytest.raises(FormatError, match=what):
         store.save(tmp_path / "new", state._replace(layers={**state.layers, name: layer}))
     assert not (tmp_path / "new").exists()
