@@ -8,7 +8,6 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import array_api_compat.numpy as xp
 import numpy as np
 
 import clora_core as core
@@ -151,7 +150,7 @@ def match(
                 fix,
             )
         if layer.kind == "head":
-            V = core.routing(adapter, xp=xp)
+            V = core.routing(adapter)
             parts = {target.weight: V} if target.bias is None else {target.weight: V[:, :-1], target.bias: V[:, -1]}
             for weight, value in parts.items():
                 name, entry = entry_of(layer_name, weight)
@@ -180,7 +179,7 @@ def _piece(
     _need_shape(name, entry.shape, shape, hint, where)
     wide = np.float64 if "F64" in (entry.dtype, st.dtype_name(adapter.R_old.dtype)) else np.float32
     A, R_old, R_delta, B = wide_adapter = core.Adapter(*(array.astype(wide) for array in adapter))
-    R = core.routing(wide_adapter, xp=xp)
+    R = core.routing(wide_adapter)
     rows = target.rows or (0, target._replace(rows=None).matrix[0])
     largest = core.Adapter(abs(A).max(0, keepdims=True), R_old, R_delta, abs(B).max(1, keepdims=True))
     left, right = (A, R @ B) if stored == "out,in" else (B.T, (A @ R).T)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import array_api_compat.numpy as xp
 import numpy as np
 
 import clora_core as core
@@ -46,7 +44,7 @@ class Piece(NamedTuple):
     def bound(self, weight: float, dtype: np.dtype[Any]) -> float:
         """No merged entry is further from exact than this, where no entry of the weight is larger than ``weight``."""
         W = np.full((1, 1), weight, self.left.dtype)
-        return float(core.bounds.merge(W, self.largest, dtype=dtype, xp=xp)[0, 0])
+        return float(core.bounds.merge(W, self.largest, dtype=dtype)[0, 0])
 
 
 class Job(NamedTuple):
@@ -253,6 +251,8 @@ def pool(work: Work) -> Iterator[tuple[ThreadPoolExecutor, Callable[[int, Job], 
             yield one, lambda number, job: do(work, number, job)
             one.submit(_close).result()
         return
+    import subprocess
+
     text = pickle.dumps(work)
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
