@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pickle
+import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import clora_core as core
+from clora_core.errors import StateError, message
 
 from . import _safetensors as st
 from ._state import Array
@@ -25,6 +28,7 @@ BLOCK = 1 << 18  # entries of a weight at a time: they stay in the cache for the
 BLOCKS = 16  # of a job: what is asked of another process at a time
 COLUMNS = 512  # of a product at a time: twice as fast as all at once where rows are long (OpenBLAS 0.3.31)
 COPY = 1 << 26  # bytes that are copied at a time
+READY = b"ready"
 ALONE = 1 << 28  # bytes of a checkpoint that is not worth the start of other processes
 Sums = list[tuple[str, list[float]]]
 _LOCAL = threading.local()
@@ -246,52 +250,97 @@ def pool(work: Work) -> Iterator[tuple[ThreadPoolExecutor, Callable[[int, Job], 
     Each has a process of its own: NumPy's calls are so short here that threads wait for the interpreter's lock half of
     the time. A process ends with its parent, however that ends: its standard input closes.
     """
-    if sum(shard.header.total for shard in work.shards) <= ALONE or not sys.executable:
-        with ThreadPoolExecutor(1) as one:
-            yield one, lambda number, job: do(work, number, job)
-            one.submit(_close).result()
-        return
+    large = sum(shard.header.total for shard in work.shards) > ALONE
+    processes = _start(work) if large and sys.executable else []
+    free: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for process in processes:
+        free.put(process)
+
+    def ask(number: int, job: Job) -> Sums:
+        process = free.get()
+        try:
+            pickle.dump((number, job), process.stdin)
+            process.stdin.flush()
+            answer = pickle.load(process.stdout)
+        except (OSError, EOFError, pickle.UnpicklingError) as error:
+            raise _died(work.where) from error
+        finally:
+            free.put(process)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def alone(number: int, job: Job) -> Sums:
+        return do(work, number, job)
+
+    try:
+        with ThreadPoolExecutor(max(1, len(processes))) as threads:
+            yield threads, ask if processes else alone
+            threads.submit(_close).result()
+    finally:
+        for process in processes:
+            _stop(process)
+
+
+def _start(work: Work) -> list[Any]:
+    """Processes that have the work, or none where they can't be had: an interpreter inside another program, say."""
     import subprocess
 
     text = pickle.dumps(work)
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    processes: list[subprocess.Popen[bytes]] = []
-
-    def start() -> None:
-        command = [sys.executable, "-c", "from clora_store._blocks import serve; serve()"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-        processes.append(process)
-        _LOCAL.process = process
-        assert process.stdin is not None
-        process.stdin.write(text)
-
-    def ask(number: int, job: Job) -> Sums:
-        process = _LOCAL.process
-        pickle.dump((number, job), process.stdin)
-        process.stdin.flush()
-        answer = pickle.load(process.stdout)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
+    command = [sys.executable, "-c", "from clora_store._blocks import serve; serve()"]
+    processes: list[Any] = []
     try:
-        with ThreadPoolExecutor(st.WORKERS, initializer=start) as threads:
-            yield threads, ask
-    finally:
+        for _ in range(st.WORKERS):  # in a session of their own: Ctrl-C is the parent's
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
+            processes.append(process)
         for process in processes:
-            process.terminate()
-            process.communicate()
+            process.stdin.write(text)
+            process.stdin.flush()
+            if process.stdout.read(len(READY)) != READY:
+                raise EOFError
+    except (OSError, EOFError):
+        for process in processes:
+            _stop(process)
+        return []
+    except BaseException:
+        for process in processes:
+            _stop(process)
+        raise
+    return processes
+
+
+def _stop(process: Any) -> None:
+    process.kill()
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was not sent is not wanted
+            pipe.close()
+
+
+def _died(where: str) -> StateError:
+    return StateError(
+        message(
+            where,
+            "a process that merges has died",
+            got="the end of its output",
+            needed="an answer",
+            cause="the system took it for want of memory",
+            fix="run the same again: it goes on from what is on the disk",
+        )
+    )
 
 
 def serve() -> None:
     """A process of `pool`: the work, then one block after the other, from standard input."""
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
-    source, out = sys.stdin.buffer, sys.stdout.buffer
+    source, out = sys.stdin.buffer, os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever prints must not reach the parent
     try:
         work = pickle.load(source)
+        out.write(READY)
+        out.flush()
         while True:
             number, job = pickle.load(source)
             try:
@@ -300,7 +349,7 @@ def serve() -> None:
                 answer = error
             pickle.dump(answer, out)
             out.flush()
-    except (EOFError, BrokenPipeError):
+    except (EOFError, OSError):
         os._exit(0)
 
 

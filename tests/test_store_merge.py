@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 import clora_core as core
 import clora_store as store
 from clora_core.errors import DTypeError, FormatError, InvalidValueError, OptionError, ShapeError, StateError
-from clora_store import _blocks, _checkpoint
+from clora_store import _blocks, _checkpoint, _safetensors
 
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
@@ -515,6 +515,60 @@ def test_two_merges_into_one_folder(tmp_path):
 
     store.merge_checkpoint(tmp_path / "base", state, tmp_path / "out", progress=again)
     assert told
+
+
+def test_a_process_that_dies_is_told_and_the_merge_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(_blocks, "ALONE", 0)
+    started = []
+    start = _blocks._start
+
+    def note(work):
+        started[:] = start(work)
+        return list(started)
+
+    monkeypatch.setattr(_blocks, "_start", note)
+    rng = np.random.default_rng(14)
+    checkpoint(tmp_path / "base", rng, np.float32)
+    state = dyadic_state(rng)
+
+    def shoot(done, total):
+        for process in started:
+            process.kill()
+
+    with pytest.raises(StateError, match=r"a process that merges has died.*run the same again"):
+        store.merge_checkpoint(tmp_path / "base", state, tmp_path / "out", progress=shoot)
+    assert all(process.poll() is not None for process in started)
+    store.merge_checkpoint(tmp_path / "base", state, tmp_path / "out")
+    assert len(started) == _safetensors.WORKERS
+    assert all(process.poll() is not None for process in started)
+    store.merge_checkpoint(tmp_path / "base", state, tmp_path / "whole")
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("executable", ["", "/bin/true", "/bin/false", "/no/such/file"])
+def test_where_no_processes_can_be_had_it_is_done_without(tmp_path, monkeypatch, executable):
+    monkeypatch.setattr(_blocks, "ALONE", 0)
+    monkeypatch.setattr(sys, "executable", executable)
+    rng = np.random.default_rng(15)
+    tensors = checkpoint(tmp_path / "base", rng, np.float32)
+    state = dyadic_state(rng)
+    store.merge_checkpoint(tmp_path / "base", state, tmp_path / "out")
+    got = load_file(tmp_path / "out" / "a-00001-of-00002.safetensors")
+    expected = merged_by_hand(tensors, state)
+    assert all((got[name] == expected[name]).all() for name in got)
+
+
+def test_an_error_in_a_process_is_the_same_error_here(tmp_path, monkeypatch):
+    monkeypatch.setattr(_blocks, "ALONE", 0)
+    rng = np.random.default_rng(16)
+    checkpoint(tmp_path / "base", rng, np.float32)
+
+    def cut(done, total):
+        for path in (tmp_path / "base").glob("*.safetensors"):
+            os.truncate(path, 10)
+
+    with pytest.raises(FormatError, match="the file ended early"):
+        store.merge_checkpoint(tmp_path / "base", dyadic_state(rng), tmp_path / "out", progress=cut)
 
 
 def test_checkpoints_that_are_none_are_refused(tmp_path):
