@@ -29,15 +29,37 @@ import clora_core as core
 import clora_store as store
 
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16}
-MERGE = (
-    "import resource, sys, time, clora_store as store\n"
-    "state = store.load(sys.argv[2])\n"
-    "start = time.perf_counter()\n"
-    "store.merge_checkpoint(sys.argv[1], state, sys.argv[3])\n"
-    "seconds = time.perf_counter() - start\n"
-    "peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]\n"
-    "print(seconds, *peaks)\n"
-)
+MERGE = """
+import os, sys, threading, time, clora_store as store
+
+peaks = {}
+
+def peak(pid):  # of this program alone: what the kernel hands on from before a process's exec is left out
+    try:
+        with open(f"/proc/{pid}/status") as file:
+            peaks[pid] = next((int(line.split()[1]) for line in file if line.startswith("VmHWM")), 0)
+    except OSError:
+        pass
+
+def watch():
+    while not done.wait(0.05):
+        peak("self")
+        for task in os.listdir("/proc/self/task"):
+            with open(f"/proc/self/task/{task}/children") as file:
+                for pid in file.read().split():
+                    peak(pid)
+
+state = store.load(sys.argv[2])
+done = threading.Event()
+watcher = threading.Thread(target=watch)
+watcher.start()
+start = time.perf_counter()
+store.merge_checkpoint(sys.argv[1], state, sys.argv[3])
+seconds = time.perf_counter() - start
+done.set()
+watcher.join()
+print(seconds, max(peaks.values()), sum(peaks.values()))
+"""
 
 
 def seconds(function: Callable[[], object]) -> float:
@@ -128,7 +150,7 @@ def merging(scratch: Path, dtype: str, gibibytes: float, rounds: int) -> dict[st
         command = [sys.executable, "-c", MERGE, str(base), str(scratch / "adapter"), str(out)]
         words = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         merge.append(float(words[0]))
-        peaks.append(max(map(int, words[1:])) / 2**20)
+        peaks.append([int(word) / 2**20 for word in words[1:]])
         shutil.rmtree(out)
         copied.append(seconds(lambda: shutil.copytree(base, copy)))
         start = time.perf_counter()
@@ -141,7 +163,8 @@ def merging(scratch: Path, dtype: str, gibibytes: float, rounds: int) -> dict[st
         "copy into the cache, s": statistics.median(copied),
         "merge / copy onto the disk": statistics.median(a / b for a, b in zip(merge, synced, strict=True)),
         "merge / copy into the cache": statistics.median(a / b for a, b in zip(merge, copied, strict=True)),
-        "peak of a process, GiB": max(peaks),
+        "peak of a process, GiB": max(one for one, _ in peaks),
+        "peak of all its processes, GiB": max(both for _, both in peaks),
     }
 
 

@@ -194,7 +194,7 @@ def _read(path: Path, name: str, file: File, where: str) -> Tensors:
             if (entry.dtype, entry.shape) != (told.dtype, told.shape):
                 got, needed = (f"{x.dtype} {x.shape}" for x in (entry, told))
                 raise st.bad(where, f"tensor {tensor!r} is not as clora.json says", got, needed)
-        read = st.read_tensors(fd, header.entries, where)
+        read = st.read_tensors(fd, header, where)
     for tensor, (_, sha256) in read.items():
         if sha256 != file.tensors[tensor].sha256:
             needed = file.tensors[tensor].sha256[:80]

@@ -79,7 +79,7 @@ def import_peft(folder: str | os.PathLike[str], *, task: str | None = None, orth
                 raise st.bad(
                     where, f"tensor {key!r} has a dtype that no adapter has", entry.dtype, ", ".join(st.DTYPES)
                 )
-        tensors = {key: array for key, (array, _) in st.read_tensors(fd, header.entries, where).items()}
+        tensors = {key: array for key, (array, _) in st.read_tensors(fd, header, where).items()}
     pairs, heads = _pairs(tensors, config, where)
     layers = {}
     for module, (kind, first, second) in pairs.items():

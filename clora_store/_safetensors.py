@@ -221,17 +221,24 @@ def hashes(tensors: dict[str, np.ndarray[Any, Any]]) -> dict[str, str]:
         return dict(zip(tensors, pool.map(sha256, tensors.values()), strict=True))
 
 
-def read_tensors(fd: int, entries: dict[str, Entry], where: str) -> dict[str, tuple[np.ndarray[Any, Any], str]]:
-    """Every tensor and the hash of its bytes, several at a time."""
+def read_tensors(fd: int, header: Header, where: str) -> dict[str, tuple[np.ndarray[Any, Any], str]]:
+    """Every tensor and the hash of its bytes, several at a time.
+
+    They share one piece of memory: to take a large one costs half of what many small ones cost.
+    """
+    memory = np.empty(header.total - header.size, np.uint8)
+    view = memoryview(memory)  # type: ignore[arg-type]
 
     def read(entry: Entry) -> tuple[np.ndarray[Any, Any], str]:
-        array = np.empty(entry.shape, DTYPES[entry.dtype])
+        start, stop, dtype = entry.start - header.size, entry.stop - header.size, DTYPES[entry.dtype]
         digest = hashlib.sha256()
-        read_into(fd, as_bytes(array), entry.start, where, digest)
-        return array, digest.hexdigest()
+        read_into(fd, view[start:stop], entry.start, where, digest)
+        part = memory[start:stop]
+        array = (part if start % dtype.itemsize == 0 else part.copy()).view(dtype)
+        return array.reshape(entry.shape), digest.hexdigest()
 
     with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip(entries, pool.map(read, entries.values()), strict=True))
+        return dict(zip(header.entries, pool.map(read, header.entries.values()), strict=True))
 
 
 def dtype_name(dtype: Any) -> str | None:
