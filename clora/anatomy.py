@@ -77,16 +77,25 @@ def overlap(state: store.State, tasks: Sequence[str]) -> Array:
     :math:`D_t` is the change of all updates in task t. 1: the same change; 0: changes that do not touch each other; -1:
     one undoes the other. A task that changed nothing has 0 with all. Heads are left out.
 
+    Parameters
+    ----------
+    tasks : sequence of str
+        From `comparable`.
+
     Returns
     -------
     array, shape (tasks, tasks)
     """
+    before = {task: state.tasks[i - 1] if i else None for i, task in enumerate(state.tasks)}
+    needed = {name for task in tasks for name in (task, before[task]) if name is not None}
+    snapshots = {task: state.snapshots[task] for task in needed}
     total = np.zeros((len(tasks), len(tasks)))
     for name, layer in state.layers.items():
         if layer.kind == "head" or not tasks:
             continue
         if state.factors == "every-task":
-            pairs = [_learnt(state, name, task) for task in tasks]
+            at = {task: _wide(store.adapter_at(state, name, task)) for task in needed}
+            pairs = [store.difference(at[task], at[old] if (old := before[task]) else None) for task in tasks]
             total += [[float(np.sum((a.T @ c) * (b @ d.T))) for c, d in pairs] for a, b in pairs]
             continue
         # Factors are shared: D = A C B with a small C, whose products in orthonormal frames are those of D.
@@ -95,11 +104,19 @@ def overlap(state: store.State, tasks: Sequence[str]) -> Array:
             A, B = np.concatenate([A, layer.spare[0]], axis=1), np.concatenate([B, layer.spare[1]], axis=0)
         T_A, T_B = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (A, B.T))
         r = A.shape[1]
-        flat = np.stack([(T_A @ _routing_learnt(state, name, task, r) @ T_B.T).reshape(-1) for task in tasks])
+        routing = {task: _at_rank(snapshots[task][name].R, r) for task in needed}
+        changes = [routing[task] - (routing[old] if (old := before[task]) else 0.0) for task in tasks]
+        flat = np.stack([(T_A @ change @ T_B.T).reshape(-1) for change in changes])
         total += flat @ flat.T
-    size = np.sqrt(np.diagonal(total))
+    size = np.sqrt(np.maximum(np.diagonal(total), 0.0))
     scale = size[:, None] * size[None, :]
     return np.divide(total, scale, out=np.zeros_like(total), where=scale > 0)
+
+
+def comparable(state: store.State) -> list[str]:
+    """Tasks whose own change is known: they and the task before have a snapshot."""
+    known = [True, *(task in state.snapshots for task in state.tasks)]
+    return [task for i, task in enumerate(state.tasks) if known[i] and known[i + 1]]
 
 
 class LayerDifference(NamedTuple):
@@ -148,7 +165,7 @@ def compare(a: store.State, b: store.State) -> Difference:
             V, V_other = core.routing(now), core.routing(other)
             norms = [float(np.linalg.norm(x)) for x in (V, V_other, V - V_other)]
         else:
-            norms = [_norm(store.difference(x, y)) for x, y in ((now, None), (other, None), (now, other))]
+            norms = [_norm(x, y) for x, y in ((now, None), (other, None), (now, other))]
         factors = _same((one.adapter.A, one.adapter.B), (two.adapter.A, two.adapter.B))
         routing = _same(one.adapter[1:3], two.adapter[1:3])
         memory = _same(one.moments or (), two.moments or ())
@@ -175,33 +192,26 @@ def _otherwise(a: store.State, b: store.State) -> list[str]:
     return out
 
 
-def _before(state: store.State, task: str) -> str | None:
-    i = state.tasks.index(task)
-    return state.tasks[i - 1] if i else None
+def _at_rank(R: Array, r: int) -> Array:
+    """A routing at a higher rank, in float64."""
+    return np.pad(np.asarray(R, dtype=np.float64), ((0, r - R.shape[0]), (0, r - R.shape[0])))
 
 
-def _learnt(state: store.State, name: str, task: str) -> store.Update:
-    """What a task added to a layer's update."""
-    before = _before(state, task)
-    now = store.adapter_at(state, name, task)
-    return store.difference(now, None if before is None else store.adapter_at(state, name, before))
+def _norm(now: core.Adapter, before: core.Adapter | None) -> float:
+    """Of what an adapter has more than another; NaN where one is not finite."""
+    arrays = [array for adapter in (now, before or now) for array in adapter if array is not None]
+    if not all(np.isfinite(array).all() for array in arrays):
+        return float("nan")
+    return store.difference(now, before).norm()
 
 
-def _routing_learnt(state: store.State, name: str, task: str, r: int) -> Array:
-    before = _before(state, task)
-    routings = [np.asarray(state.snapshots[t][name].R, dtype=np.float64) for t in (task, before) if t is not None]
-    now, *rest = (np.pad(R, ((0, r - R.shape[0]), (0, r - R.shape[0]))) for R in routings)
-    return now - rest[0] if rest else now
-
-
-def _norm(pair: store.Update) -> float:
-    return float(np.sqrt(np.maximum(0.0, np.sum((pair.left.T @ pair.left) * (pair.right @ pair.right.T)))))
+def _bits(array: Array) -> tuple[Any, ...]:
+    return array.dtype, array.shape, array.tobytes()
 
 
 def _same(one: Sequence[Array | None], two: Sequence[Array | None]) -> bool:
     return len(one) == len(two) and all(
-        (x is None and y is None)
-        or (x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y, equal_nan=True))
+        (x is None and y is None) or (x is not None and y is not None and _bits(x) == _bits(y))
         for x, y in zip(one, two, strict=True)
     )
 

@@ -86,7 +86,7 @@ def inspect(
         chosen = [layer for layer in anatomy.layers(state) if layer.name in named]
         if not chosen:
             raise _no_layers(layers, list(state.layers))
-        shown = [task for task in state.tasks if task in state.snapshots]
+        shown = anatomy.comparable(state)
         shown = shown[-(MOST_TASKS if json or html is not None else SHOWN_TASKS) :]
         overlap = anatomy.overlap(state, shown)
         about = _about(state, folder)

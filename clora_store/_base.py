@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 import clora_core as core
-from clora_core.errors import DTypeError, OptionError, ShapeError, StateError, message
+from clora_core.errors import DTypeError, InvalidValueError, OptionError, ShapeError, StateError, message
 
 from . import _safetensors as st
-from ._blocks import Piece, Shard
+from ._blocks import Piece, Shard, round_once
 from ._folder import BOOK
 from ._functions import adapter_at
 from ._state import LAYOUTS, Array, Layer, State
@@ -155,9 +155,22 @@ def match(
             for weight, value in parts.items():
                 name, entry = entry_of(layer_name, weight)
                 _need_shape(name, entry.shape, value.shape, "a head that has grown; merge and save it in torch", where)
+                with np.errstate(over="ignore"):
+                    rounded = round_once(value, st.DTYPES[entry.dtype])
+                if not np.isfinite(rounded).all():
+                    raise InvalidValueError(
+                        message(
+                            where,
+                            f"head {layer_name!r} does not fit the checkpoint",
+                            got=f"infinity in {entry.dtype}",
+                            needed="finite numbers",
+                            cause="a classifier too large for the checkpoint's half precision",
+                            fix="merge into a bfloat16 or float32 checkpoint",
+                        )
+                    )
                 if name in heads or name in pieces:
                     raise option_error(where, "two layers on one tensor", repr(name), "one each", "look at --rename")
-                heads[name] = (layer_name, value)
+                heads[name] = (layer_name, rounded)
             continue
         piece = _piece(layer_name, layer, adapter, name, entry, layout, where)
         if name in heads or any(_overlap(piece, other) for other in pieces.get(name, [])):
@@ -185,7 +198,7 @@ def _piece(
     left, right = (A, R @ B) if stored == "out,in" else (B.T, (A @ R).T)
     left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
     ranges = (rows, (0, B.shape[1])) if stored == "out,in" else ((0, B.shape[1]), rows)
-    return Piece(layer_name, left, right, right @ right.T, *ranges, largest)
+    return Piece(layer_name, left, right, *ranges, largest)
 
 
 def _overlap(one: Piece, two: Piece) -> bool:

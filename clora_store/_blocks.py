@@ -40,7 +40,6 @@ class Piece(NamedTuple):
     layer: str
     left: Array  # (rows, r): A, or B^T where the weight is stored (in, out)
     right: Array  # (r, columns): R B, or (A R)^T
-    gram: Array  # right @ right^T
     rows: tuple[int, int]
     columns: tuple[int, int]
     largest: core.Adapter  # one entry, in every factor at least as large as any: its bound is one for all
@@ -123,7 +122,7 @@ def do(work: Work, number: int, job: Job) -> Sums:
     entry = shard.header.entries[job.tensor]
     dtype = st.DTYPES[entry.dtype]
     if job.tensor in work.heads:
-        _write_all(to, st.as_bytes(_rounded(work.heads[job.tensor][1], dtype)), job.start)
+        _write_all(to, st.as_bytes(work.heads[job.tensor][1]), job.start)
         return []
     width = (entry.stop - entry.start) // entry.shape[0]
     end = job.first + (job.stop - job.start) // width
@@ -138,7 +137,7 @@ def do(work: Work, number: int, job: Job) -> Sums:
                 left = piece.left[top - piece.rows[0] : bottom - piece.rows[0]]
                 block = W[top - first : bottom - first, slice(*piece.columns)]
                 with np.errstate(over="ignore", invalid="ignore"):  # the sums show it
-                    new = _merge_block(block, left, piece.right, piece.gram)
+                    new = _merge_block(block, left, piece.right)
                 add(sums.setdefault(piece.layer, [0.0] * 6), new)
         _write_all(to, st.as_bytes(W), entry.start + first * width)
     return list(sums.items())
@@ -155,11 +154,11 @@ def add(total: list[float], new: list[float]) -> None:
     total[5] = max(total[5], new[5])
 
 
-def _merge_block(W: Array, left: Array, right: Array, gram: Array) -> list[float]:
+def _merge_block(W: Array, left: Array, right: Array) -> list[float]:
     r"""W += left @ right in place: computed in the dtype of the factors, rounded once. Sums for the report.
 
     As `clora_core.merge`, in a third of its passes over memory and without taking any: what limits a checkpoint's merge
-    are those. ``gram`` is right @ right^T. Returns :math:`\|\Delta W\|^2`,
+    are those. Returns :math:`\|\Delta W\|^2`,
     :math:`\langle W' - W - \Delta W, \Delta W\rangle`, :math:`\|W' - W - \Delta W\|^2`, the number of entries that came
     out unchanged and of all, and the largest of :math:`|W|`.
     """
@@ -176,8 +175,8 @@ def _merge_block(W: Array, left: Array, right: Array, gram: Array) -> list[float
     np.subtract(stored, pristine, out=stored)
     changed = np.count_nonzero(stored.view(f"i{stored.itemsize}"))  # x - x is +0; counting floats would hold the GIL
     np.subtract(stored, update, out=stored)
-    size = float(np.sum((left.T @ left) * gram, dtype=np.float64))
-    lost, error = (float(np.dot(stored.reshape(-1), array.reshape(-1))) for array in (update, stored))
+    pairs = ((update, update), (stored, update), (stored, stored))
+    size, lost, error = (float(np.dot(a.reshape(-1), b.reshape(-1))) for a, b in pairs)
     return [size, lost, error, float(W.size - changed), float(W.size), _largest(pristine)]
 
 
@@ -196,8 +195,7 @@ def _files(source: Path, partial: Path) -> tuple[int, int]:
     """Both files, open; kept open for the thread's next block."""
     held: dict[str, Any] = _LOCAL.__dict__
     if held.get("partial") != partial:
-        for fd in held.get("files", ()):
-            os.close(fd)
+        _close()
         binary = getattr(os, "O_BINARY", 0)
         held["files"] = os.open(source, os.O_RDONLY | binary), os.open(partial, os.O_WRONLY | binary)
         held["partial"] = partial
@@ -213,7 +211,7 @@ def _scratch(which: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     return held[which, dtype][:count].reshape(shape)
 
 
-def _rounded(value: Array, dtype: np.dtype[Any]) -> Array:
+def round_once(value: Array, dtype: np.dtype[Any]) -> Array:
     """One rounding, through float32."""
     narrow = dtype.itemsize < 4 and value.dtype.itemsize > 4
     return np.ascontiguousarray((value.astype(np.float32) if narrow else value).astype(dtype))
@@ -275,8 +273,14 @@ def pool(work: Work) -> Iterator[tuple[ThreadPoolExecutor, Callable[[int, Job], 
 
     try:
         with ThreadPoolExecutor(max(1, len(processes))) as threads:
-            yield threads, ask if processes else alone
-            threads.submit(_close).result()
+            try:
+                yield threads, ask if processes else alone
+            except BaseException:
+                for process in processes:
+                    process.kill()  # or who waits for one that hangs would wait for ever
+                raise
+            finally:
+                threads.submit(_close).result()
     finally:
         for process in processes:
             _stop(process)
@@ -287,9 +291,10 @@ def _start(work: Work) -> list[Any]:
     import subprocess
 
     text = pickle.dumps(work)
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", "from clora_store._blocks import serve; serve()"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    # The same code as here, and never what lies in the present folder (-P): that may be a checkpoint of somebody's.
+    code = "import sys; sys.path[:] = sys.argv[1:]; from clora_store._blocks import serve; serve()"
+    command = [sys.executable, "-P", "-c", code, *(entry for entry in sys.path if entry)]
     processes: list[Any] = []
     try:
         for _ in range(st.WORKERS):  # in a session of their own: Ctrl-C is the parent's
@@ -349,7 +354,7 @@ def serve() -> None:
                 answer = error
             pickle.dump(answer, out)
             out.flush()
-    except (EOFError, OSError):
+    except (EOFError, OSError, pickle.UnpicklingError):
         os._exit(0)
 
 

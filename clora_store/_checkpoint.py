@@ -22,7 +22,7 @@ from clora_core.errors import CloraError, InvalidValueError, message
 from . import _safetensors as st
 from ._base import JOURNAL, find_shards, match, option_error, other_files, read_small, state_error
 from ._blocks import BLOCK, BLOCKS, Job, Piece, Shard, Sums, Work, add, jobs, pool
-from ._folder import locked, replace, sweep, sync
+from ._folder import LOCK, locked, replace, sweep, sync
 from ._state import LAYOUTS, State, check
 
 FLUSH_SECONDS = 0.25
@@ -129,7 +129,9 @@ def merge_checkpoint(
         resumed = bool(journal["done"])
         work = Work(shards, target, pieces, heads, where)
         _settle(journal, work)
-        if not journal["complete"] or sum(journal["done"].values()) < total:
+        small = [*others, index] if index else others
+        there = all((target / path.name).is_file() for path in small)
+        if not (journal["complete"] and there and sum(journal["done"].values()) == total):
             left = total - sum(journal["done"].values()) + sum(path.stat().st_size for path in others)
             free = shutil.disk_usage(target).free
             if free < left:
@@ -195,7 +197,7 @@ def _resume(target: Path, plan: str, where: str) -> dict[str, Any]:
         raise state_error(
             where, "the folder holds another merge", got, "a new folder", "choose another --out, or remove it"
         )
-    if any(target.iterdir()):
+    if any(path.name != LOCK for path in target.iterdir()):
         raise state_error(
             where, "the folder is not new", "files in it", "a new or empty folder", "choose another --out"
         )
@@ -225,10 +227,19 @@ def _settle(journal: dict[str, Any], work: Work) -> None:
         total, done = shard.header.total, journal["done"][shard.name]
         whole = done == total and _size(work.target / shard.name) == total
         part = _size(work.partial(number)) == total and done in {job.start for job in jobs(work, number, 0)} | {total}
-        if not (whole or part):
+        sums = [journal["sums"].get(piece.layer) for piece in _begun(work, number, done)]
+        if not (whole or part) or not all(one is not None and one[4] > 0 for one in sums):
             journal["done"][shard.name] = 0
             for piece in (piece for name in shard.header.entries for piece in work.pieces.get(name, ())):
                 journal["sums"].pop(piece.layer, None)
+
+
+def _begun(work: Work, number: int, done: int) -> Iterator[Piece]:
+    """What the first ``done`` bytes of a file have taken a part of."""
+    for name, entry in work.shards[number].header.entries.items():
+        for piece in work.pieces.get(name, ()):
+            if entry.start + piece.rows[0] * (entry.stop - entry.start) // entry.shape[0] < done:
+                yield piece
 
 
 def _size(path: Path) -> int | None:

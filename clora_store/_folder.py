@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from ._state import State, check
 BOOK = "clora.json"
 LARGEST_BOOK = 1 << 24  # JSON takes many times its size when it is parsed
 GROUP_TASKS, GROUP_BYTES = 64, 16 << 20  # a group that is full is never written again
-SCRATCH = ".clora-"
+SCRATCH, LOCK = ".clora-", f"{BOOK}.lock"  # the lock is a file on Windows alone
 Array = np.ndarray[Any, Any]
 Tensors = dict[str, Array]
 
@@ -61,7 +61,7 @@ def save(folder: str | os.PathLike[str], state: State, *, overwrite: bool = Fals
     replaced in one step; files that it no longer names are removed after that.
     """
     where = f"clora_store.save({os.fspath(folder)!r})"
-    check(state, where)
+    check(state, where, finite=False)  # that numbers are finite is seen while they are hashed
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     with locked(path, where):
@@ -73,8 +73,7 @@ def save(folder: str | os.PathLike[str], state: State, *, overwrite: bool = Fals
             text = _write_all(path, state, files, where)
             replace(path / BOOK, text)
         except BaseException:
-            for name in files.keys() - before:  # the old book names none of these
-                (path / name).unlink(missing_ok=True)
+            _undo(path, files.keys() - before)
             raise
         for file in path.iterdir():
             if FILE.fullmatch(file.name) and file.name not in files:
@@ -83,13 +82,26 @@ def save(folder: str | os.PathLike[str], state: State, *, overwrite: bool = Fals
     return _digest(text)
 
 
+def _undo(path: Path, made: Iterable[str]) -> None:
+    """Remove files that no book names: an interrupt may come before the new book is in its place, or after."""
+    try:
+        text = _read_text(path, "")
+    except FileNotFoundError:
+        text = b""
+    except (OSError, CloraError):
+        return
+    for name in made:
+        if name.encode() not in text:
+            (path / name).unlink(missing_ok=True)
+
+
 def _write_all(path: Path, state: State, files: dict[str, File], where: str) -> bytes:
     """Every file of tensors, on the disk; returns the book that names them, seen to be one that can be read."""
     groups: list[Group] = []
     for first, count, tensors in _groups(state):
-        groups.append(Group(first, count, _write(path, "snapshots", tensors, files)))
+        groups.append(Group(first, count, _write(path, "snapshots", tensors, files, where)))
     tensors = {f"{name}.{f}": array for name, layer in state.layers.items() for f, array in layer.tensors().items()}
-    text = encode(state, _write(path, "state", tensors, files), groups, files)
+    text = encode(state, _write(path, "state", tensors, files, where), groups, files)
     if len(text) > LARGEST_BOOK:
         raise st.bad(where, "clora.json would be too large", len(text), LARGEST_BOOK, fix="save without snapshots")
     book = decode(text, where)  # what can't be read again must not take the place of what can
@@ -202,29 +214,27 @@ def _read(path: Path, name: str, file: File, where: str) -> Tensors:
     return {tensor: array for tensor, (array, _) in read.items()}
 
 
-def _write(path: Path, stem: str, tensors: Tensors, files: dict[str, File]) -> str:
+def _write(path: Path, stem: str, tensors: Tensors, files: dict[str, File], where: str) -> str:
     """Write a file of tensors under the name of its content, unless it is there; add it to ``files``."""
     tensors = {name: np.ascontiguousarray(array).reshape(array.shape) for name, array in tensors.items()}
     scratch = path / f"{SCRATCH}{os.getpid()}"
-    with ThreadPoolExecutor(1) as pool:
-        hashing = pool.submit(st.hashes, tensors)
-        try:
-            if stem == "state":  # new at every save: written while it is hashed
+    try:
+        if stem == "state" and sum(array.nbytes for array in tensors.values()) >= st.SMALL:
+            with ThreadPoolExecutor(1) as pool:  # new at every save: written while it is hashed
+                hashing = pool.submit(st.hashes, tensors, where)
                 st.write_file(scratch, tensors)
-            described = {
-                name: Described(st.dtype_name(array.dtype) or "", array.shape, sha256)
-                for (name, array), sha256 in zip(tensors.items(), hashing.result().values(), strict=True)
-            }
-            content = repr(sorted((name, *about) for name, about in described.items())).encode()
-            name = f"{stem}-{_digest(content)[:32]}.safetensors"
-            if not _intact(path, name, described):
-                if stem != "state":
-                    st.write_file(scratch, tensors)
-                with open(scratch, "rb+") as file:
-                    os.fsync(file.fileno())
-                os.replace(scratch, path / name)
-        finally:
-            scratch.unlink(missing_ok=True)
+                hashes = hashing.result()
+        else:
+            hashes = st.hashes(tensors, where)
+        described = {n: Described(st.dtype_name(a.dtype) or "", a.shape, hashes[n]) for n, a in tensors.items()}
+        content = repr(sorted((name, *about) for name, about in described.items())).encode()
+        name = f"{stem}-{_digest(content)[:32]}.safetensors"
+        if not _intact(path, name, described):
+            if not scratch.exists():
+                st.write_file(scratch, tensors)
+            os.replace(scratch, path / name)
+    finally:
+        scratch.unlink(missing_ok=True)
     files[name] = File((path / name).stat().st_size, described)
     return name
 
@@ -335,7 +345,7 @@ def locked(folder: Path, where: str) -> Iterator[None]:
     if os.name == "nt":
         import msvcrt
 
-        fd = os.open(folder / f"{BOOK}.lock", os.O_RDWR | os.O_CREAT)
+        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
         try:
             try:
                 msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]

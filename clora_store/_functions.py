@@ -18,6 +18,10 @@ class Update(NamedTuple):
     left: Array
     right: Array
 
+    def norm(self) -> float:
+        """Frobenius norm, by an orthonormal frame of the columns: Gram matrices would cancel."""
+        return float(np.linalg.norm(np.linalg.qr(self.left, mode="r") @ self.right))
+
 
 def adapter_at(state: State, name: str, task: str | None = None) -> core.Adapter:
     """The adapter of a layer as it is (``task=None``) or as it was when a task ended, in float32 or wider.
@@ -45,7 +49,8 @@ def adapter_at(state: State, name: str, task: str | None = None) -> core.Adapter
         )
     snapshot = state.snapshots[task][name]
     R = snapshot.R
-    if layer.kind == "head":
+    if layer.kind == "head":  # classes that came later have logit 0
+        R = np.pad(R, ((0, R_old.shape[0] - R.shape[0]), (0, 0)))
         return _wide(None, R, np.zeros_like(R), None)
     if snapshot.A is not None:
         return _wide(snapshot.A, R, np.zeros_like(R), snapshot.B)

@@ -6,7 +6,6 @@ Names: PEFT's ``lora_A`` is R B here, its ``lora_B`` is A; ``lora_alpha == r``, 
 from __future__ import annotations
 
 import json
-import math
 import operator
 import os
 import re
@@ -122,7 +121,7 @@ def export_peft(
     updates, whole = _updates(state, task, since, heads, vllm, where)
     error, size = dict.fromkeys(updates, 0.0), {}
     for module, update in updates.items():
-        size[module] = math.sqrt(float(np.sum((update.left.T @ update.left) * (update.right @ update.right.T))))
+        size[module] = update.norm()
         if rank is not None and update.left.shape[1] > rank:
             updates[module], error[module] = _truncated(update, rank)
     common = max((update.left.shape[1] for update in updates.values()), default=1)
@@ -192,7 +191,9 @@ def vllm_problems(folder: str | os.PathLike[str], *, max_lora_rank: int = VLLM_R
     """
     where = f"clora_store.vllm_problems({os.fspath(folder)!r})"
     config = read_config(Path(folder), where)
-    problems = [f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if key not in config]
+    problems = [f"{key} is missing" for key in ("r", "lora_alpha", "target_modules") if config.get(key) is None]
+    if not st.is_size(config.get("r", 1)) or not isinstance(config.get("lora_alpha", 1), int | float):
+        problems.append("r or lora_alpha is no number")
     if config.get("peft_type") != "LORA":
         problems.append("peft_type is not LORA")
     if config.get("modules_to_save"):

@@ -33,7 +33,7 @@ PLAIN = {
     *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
 }  # settings that leave it W + scale * lora_B lora_A; any other that is set may not
 PREFIX = "base_model.model."
-LARGEST_CONFIG = 1 << 24
+LARGEST_CONFIG, LONGEST_NAME = 1 << 24, 1000
 PATTERN = re.compile(r"\^?(?:\w|-|\\?\.|(?<=\.)\*)*\$?")  # regular expressions beyond that could run for ever
 
 
@@ -155,7 +155,7 @@ def _refuse_config(config: dict[str, Any], where: str) -> None:
         value = config.get(key) or {}
         if not isinstance(value, dict):
             raise st.bad(where, f"{key} is no object", type(value).__name__, "an object")
-        strange = [p for p in value if not PATTERN.fullmatch(p) or len(p) > 512 or p.count("*") > 2]
+        strange = [p for p in value if not PATTERN.fullmatch(p) or len(p) > 512 or p.count("*") > 1]
         if strange:
             fix = "load and save it with PEFT after writing the pattern as a name"
             raise st.bad(
@@ -173,7 +173,12 @@ def _pairs(
         name = key.removeprefix(PREFIX)
         match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", name)
         if match:
-            halves.setdefault((match[1], "embedding" if match[2] else "linear"), {})[match[3]] = array
+            half = halves.setdefault((match[1], "embedding" if match[2] else "linear"), {})
+            if match[3] in half or len(match[1]) > LONGEST_NAME:
+                raise st.bad(
+                    where, f"tensor {key[:200]!r} is there twice", "two names of one, or an endless one", "one"
+                )
+            half[match[3]] = array
             continue
         module, _, leaf = name.rpartition(".")
         saved = config.get("modules_to_save")

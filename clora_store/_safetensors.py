@@ -35,6 +35,7 @@ BITS = {"BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32,
 }  # other types (8 bits and below) are moved as bytes, their size unchecked
 LARGEST_HEADER = 100_000_000  # the limit of the safetensors library
 MOST_AXES = 64
+SMALL = 1 << 20  # bytes that are not worth a thread
 CHUNK = 1 << 20  # read and hashed while it is in the cache
 WORKERS = min(4, os.cpu_count() or 1)
 
@@ -210,15 +211,29 @@ def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 
+def check_finite(name: str, array: np.ndarray[Any, Any], where: str) -> None:
+    """Refuse NaN and infinity."""
+    if not np.isfinite(array).all():
+        cause, fix = "a training run that diverged", "go back to an earlier save; load with finite=False to look at it"
+        raise bad(where, f"tensor {name!r} is not finite", "NaN or infinity", "finite numbers", cause=cause, fix=fix)
+
+
 def sha256(array: np.ndarray[Any, Any]) -> str:
     """Of a tensor's bytes, in hexadecimal."""
     return hashlib.sha256(as_bytes(array)).hexdigest()
 
 
-def hashes(tensors: dict[str, np.ndarray[Any, Any]]) -> dict[str, str]:
-    """The hash of every tensor, several at a time."""
+def hashes(tensors: dict[str, np.ndarray[Any, Any]], where: str) -> dict[str, str]:
+    """The hash of every tensor, several at a time; FormatError where one is not finite."""
+
+    def one(name: str) -> str:
+        check_finite(name, tensors[name], where)
+        return sha256(tensors[name])
+
+    if sum(array.nbytes for array in tensors.values()) < SMALL:
+        return {name: one(name) for name in tensors}
     with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip(tensors, pool.map(sha256, tensors.values()), strict=True))
+        return dict(zip(tensors, pool.map(one, tensors), strict=True))
 
 
 def read_tensors(fd: int, header: Header, where: str) -> dict[str, tuple[np.ndarray[Any, Any], str]]:
@@ -237,6 +252,8 @@ def read_tensors(fd: int, header: Header, where: str) -> dict[str, tuple[np.ndar
         array = (part if start % dtype.itemsize == 0 else part.copy()).view(dtype)
         return array.reshape(entry.shape), digest.hexdigest()
 
+    if len(memory) < SMALL:
+        return {name: read(entry) for name, entry in header.entries.items()}
     with ThreadPoolExecutor(WORKERS) as pool:
         return dict(zip(header.entries, pool.map(read, header.entries.values()), strict=True))
 

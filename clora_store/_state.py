@@ -10,7 +10,7 @@ import numpy as np
 
 import clora_core as core
 
-from ._safetensors import DTYPES, bad, dtype_name
+from ._safetensors import DTYPES, bad, check_finite, dtype_name
 
 Array = np.ndarray[Any, Any]
 KINDS = ("linear", "embedding", "conv", "head")
@@ -197,15 +197,8 @@ def check(state: State, where: str, *, finite: bool = True) -> None:
     for name, array in state.arrays():
         if dtype_name(array.dtype) is None:
             raise no(f"tensor {name!r} has a dtype that no adapter has", array.dtype, ", ".join(DTYPES))
-        if finite and not np.isfinite(array).all():
-            raise bad(
-                where,
-                f"tensor {name!r} is not finite",
-                "NaN or infinity",
-                "finite numbers",
-                cause="a training run that diverged",
-                fix="go back to an earlier save; load with finite=False to look at it",
-            )
+        if finite:
+            check_finite(name, array, where)
 
 
 def _check_arrays(name: str, layer: Layer, where: str) -> None:

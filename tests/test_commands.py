@@ -13,12 +13,14 @@ from safetensors.numpy import load_file, save_file
 
 import clora_core as core
 import clora_store as store
+from clora_core.errors import FormatError
 
 for _module in ("typer", "rich"):
     pytest.importorskip(_module, reason=kit.NO_STUDY)
 from typer.testing import CliRunner  # noqa: E402
 
 from clora.cli import app  # noqa: E402
+from clora_store import _safetensors  # noqa: E402
 
 ODD = "[red]a[/red] :smile: \x1b[31m\n日本"
 
@@ -120,18 +122,14 @@ def test_odd_names_are_printed_as_they_are(tmp_path, command):
         assert "[red]a[/red]" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
-def test_what_is_not_finite_can_be_looked_at(tmp_path):
+def test_what_is_not_finite_can_be_looked_at(tmp_path, monkeypatch):
     state = make_state(7)
     folder = tmp_path / "f"
     store.save(folder, state)
     state.layers["block.0.proj"].adapter.A[0, 0] = np.nan
-    from clora_store import _folder
-
-    check, _folder.check = _folder.check, lambda *a, **k: None
-    try:
+    with monkeypatch.context() as patch:
+        patch.setattr(_safetensors, "check_finite", lambda *_: None)
         store.save(folder, state, overwrite=True)
-    finally:
-        _folder.check = check
     assert "nan" in run("inspect", folder)[0]
     told = json.loads(run("inspect", folder, "--json")[0])
     assert told["layers"][0]["norm"] is None
@@ -170,6 +168,45 @@ def test_export_verify_import(folder, tmp_path):
     assert "this is no PEFT folder" in run("import", folder, tmp_path / "y", code=3)[1]
     assert "no adapter_config.json" in run("verify", folder, "--vllm", code=3)[1]
     assert json.loads(run("verify", folder, "--vllm", "--json", code=3)[0])["problems"]
+
+
+def test_every_option_reaches_its_function(tmp_path, monkeypatch):
+    """What the functions do is tested with them."""
+    from clora import folders
+
+    seen = {}
+
+    def spy(name):
+        def function(*arguments, **options):
+            seen[name] = options
+            raise FormatError("stop")
+
+        return function
+
+    for name in ("export_peft", "merge_checkpoint", "import_peft"):
+        monkeypatch.setattr(folders.store, name, spy(name))
+    store.save(tmp_path / "f", make_state(12))
+    options = ["--task", "t", "--since", "s", "--rank", "3", "--vllm", "--dtype", "float16"]
+    run("export", tmp_path / "f", tmp_path / "o", *options, code=3)
+    asked = {"task": "t", "since": "s", "rank": 3, "vllm": True, "heads": False, "dtype": "float16"}
+    assert seen["export_peft"] == asked
+    run("export", tmp_path / "f", tmp_path / "o", "--no-heads", code=3)
+    assert seen["export_peft"] == dict.fromkeys(asked) | {"vllm": False, "heads": False, "dtype": "float32"}
+    options = ["--task", "t", "--rename", "a=b", "--rename", "c=d=e", "--layout", "in,out"]
+    run("merge", "--base", "b", "--adapter", tmp_path / "f", "--out", "o", *options, code=3)
+    del seen["merge_checkpoint"]["progress"]
+    assert seen["merge_checkpoint"] == {"task": "t", "rename": [("a", "b"), ("c", "d=e")], "layout": "in,out"}
+    run("import", tmp_path / "f", tmp_path / "o", "--task", "t", "--orthonormal", code=3)
+    assert seen["import_peft"] == {"task": "t", "orthonormal": True}
+
+
+def test_tasks_without_snapshots_are_left_out_of_the_overlap(tmp_path):
+    for factors in ("first-task", "every-task"):
+        state = make_state(13, tasks=4, factors=factors)
+        known = {task: state.snapshots[task] for task in state.tasks[2:]}
+        store.save(tmp_path / factors, state._replace(snapshots=known))
+        told = json.loads(run("inspect", tmp_path / factors, "--json")[0])
+        assert told["overlap"]["tasks"] == ["task-3"]
 
 
 def test_merge(tmp_path):

@@ -1,6 +1,7 @@
 """Folders of adapters: what is saved is what is loaded, and at any moment the old or the new is there, whole."""
 
 import builtins
+import contextlib
 import errno
 import json
 import os
@@ -225,6 +226,61 @@ def test_a_save_that_fails_leaves_the_old(tmp_path, monkeypatch, owner, name, wh
     same(store.load(tmp_path), new)
     book = json.loads((tmp_path / "clora.json").read_text(encoding="utf-8"))
     assert {p.name for p in tmp_path.iterdir()} == {"clora.json", *book["files"]}
+
+
+@pytest.mark.parametrize(("owner", "name"), CALLS, ids=[name for _, name in CALLS])
+@pytest.mark.parametrize("which", range(8))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_an_interrupted_save_leaves_the_old_or_the_new(tmp_path, monkeypatch, owner, name, which, when):
+    """Ctrl-C at the n-th call, or right after it: also when the new book is in its place already."""
+    old, new = make_state(11), make_state(12)
+    digest = store.save(tmp_path, old)
+    real, calls = getattr(owner, name), []
+
+    def interrupted(*args, **kwargs):
+        calls.append(args)
+        if when == "before" and len(calls) == which + 1:
+            raise KeyboardInterrupt
+        result = real(*args, **kwargs)
+        if len(calls) == which + 1:
+            if result is not None:
+                result.close()
+            raise KeyboardInterrupt
+        return result
+
+    monkeypatch.setattr(owner, name, interrupted)
+    with contextlib.suppress(KeyboardInterrupt):
+        store.save(tmp_path, new._replace(digest=digest))
+    monkeypatch.undo()
+    loaded = store.load(tmp_path)
+    same(loaded, new if loaded.digest != digest else old)
+    store.save(tmp_path, new._replace(digest=loaded.digest))
+
+
+def test_everything_is_on_the_disk_before_it_is_named(tmp_path, monkeypatch):
+    """Each file is flushed before it gets its name; the folder, before the book names what is in it, and after."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(fd):
+        events.append(("flush", os.fstat(fd).st_ino))
+        fsync(fd)
+
+    def note_replace(source, target):
+        events.append(("name", os.stat(source).st_ino, os.path.basename(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    store.save(tmp_path, make_state(13))
+    named = [(i, event) for i, event in enumerate(events) if event[0] == "name"]
+    for i, (_, inode, _) in named:
+        assert ("flush", inode) in events[:i]
+    book = next(i for i, event in named if event[2] == "clora.json")
+    files = [i for i, event in named if event[2] != "clora.json"]
+    folder = ("flush", os.stat(tmp_path).st_ino)
+    assert folder in events[max(files) : book]
+    assert events[-1] == folder
 
 
 def test_a_reader_sees_the_old_or_the_new(tmp_path):

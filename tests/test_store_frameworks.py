@@ -222,7 +222,7 @@ def test_an_open_task_goes_on(tmp_path, kind, other):
 
 
 def test_spare_directions_and_grown_ranks_and_heads_travel(tmp_path):
-    model, adapter = fresh("torch", max_rank=7)
+    model, adapter = fresh("torch", max_rank=8, scale=0.5)
     with adapter.task("a"):
         torch_steps(model, adapter, 0)
     adapter.expand(2, seed=1)
@@ -230,7 +230,10 @@ def test_spare_directions_and_grown_ranks_and_heads_travel(tmp_path):
     with adapter.task("b"):
         torch_steps(model, adapter, 1, protect=False)
     adapter.save(tmp_path)
+    before = store.load(tmp_path)
     network, loaded = fresh("numpy", tmp_path)
+    same_adapter(numpy_folders.to_state(loaded), before)
+    assert numpy_folders.to_state(loaded).options == before.options
     x, _ = data(9)
     for task, classes in (("a", CLASSES + 2), ("b", CLASSES + 2)):
         adapter.restore(task)
@@ -260,6 +263,8 @@ def test_directions_that_were_not_observed_stay_so(tmp_path):
     adapter.expand(1)
     adapter.save(tmp_path)
     for kind in ("numpy", "torch"):
+        _, loaded = fresh(kind, tmp_path)
+        loaded.save(tmp_path)
         _, loaded = fresh(kind, tmp_path)
         with pytest.raises(MomentsIncomplete, match="not observed in all directions"):
             loaded.drift()

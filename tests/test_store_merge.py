@@ -174,6 +174,7 @@ def test_the_merge_is_that_of_the_core(tmp_path_factory, seed, base, adapter, tu
     size = np.linalg.norm(exact - W.astype(np.float64))
     slack = (d_out * d_in + 8) * np.finfo(wide).eps * (1 + np.linalg.norm(W.astype(np.float64)) / max(size, 1e-300))
     assert abs(report.kept - float(expected.kept)) <= slack
+    assert abs(report.unchanged - float(expected.unchanged)) * d_out * d_in <= 1 + 0.1 * d_out * d_in
     assert abs(report.error - float(expected.error)) <= slack
     assert report.bound >= float(expected.bound) * (1 - 2.0**-20)
 
@@ -194,6 +195,128 @@ def test_the_function_of_an_earlier_task_is_merged(tmp_path):
         adapter = core.Adapter(A, routing, np.zeros_like(R), B)
         exact = core.delta(core.Adapter(*(array.astype(np.float64) for array in adapter)))
         assert (abs(got - exact) <= core.bounds.delta(adapter) + 2.0**-24 * abs(exact)).all()
+
+
+def test_the_head_of_an_earlier_task_is_merged(tmp_path):
+    V = np.arange(15, dtype=np.float32).reshape(3, 5)
+    head = store.Layer("head", store.Target("h.weight", (3, 4), bias="h.bias"), core.Adapter(None, V, 0 * V, None))
+    state = store.State({"h": head}, tasks=("a",), snapshots={"a": {"h": store.Snapshot(2 * V)}})
+    save_file({"h.weight": V[:, :4].copy(), "h.bias": V[:, 4].copy()}, tmp_path / "base.safetensors")
+    store.merge_checkpoint(tmp_path / "base.safetensors", state, tmp_path / "then", task="a")
+    got = load_file(tmp_path / "then" / "base.safetensors")
+    assert (got["h.weight"] == 2 * V[:, :4]).all()
+    assert (got["h.bias"] == 2 * V[:, 4]).all()
+
+
+def test_the_share_of_unchanged_entries(tmp_path):
+    """Half of a bfloat16 weight moves by a quarter, the other half by far too little."""
+    W = np.ones((4, 6), ml_dtypes.bfloat16)
+    save_file({"w.weight": W}, tmp_path / "base.safetensors")
+    A = np.asarray([[0.25], [0.25], [2.0**-12], [2.0**-12]], np.float32)
+    one = np.ones((1, 1), np.float32)
+    adapter = core.Adapter(A, one, 0 * one, np.ones((1, 6), np.float32))
+    state = store.State({"w": layer(store.Target("w.weight", (4, 6)), adapter)})
+    report = store.merge_checkpoint(tmp_path / "base.safetensors", state, tmp_path / "out").layers["w"]
+    assert report.unchanged == 0.5
+    assert abs(report.kept - 1.0) <= 2.0**-12
+
+
+def test_a_report_does_not_cancel(tmp_path):
+    """Columns that almost undo each other: Gram matrices would give a negative norm."""
+    for seed in range(40):
+        rng = np.random.default_rng(seed)
+        a, b = rng.standard_normal((5, 1)).astype(np.float32), rng.standard_normal((1, 6)).astype(np.float32)
+        A = np.concatenate([a, np.nextafter(a, np.float32(9))], axis=1)
+        B = np.concatenate([b, -b])
+        eye = np.eye(2, dtype=np.float32)
+        W = rng.standard_normal((5, 6)).astype(np.float32) * np.float32(2.0**-22)
+        path = tmp_path / f"{seed}.safetensors"
+        save_file({"w.weight": W}, path)
+        adapter = core.Adapter(A, eye, 0 * eye, B)
+        state = store.State({"w": layer(store.Target("w.weight", (5, 6)), adapter)})
+        report = store.merge_checkpoint(path, state, tmp_path / f"out-{seed}").layers["w"]
+        expected = core.merge(W, adapter).report
+        assert abs(report.kept - float(expected.kept)) <= 2.0**-16
+        assert abs(report.error - float(expected.error)) <= 2.0**-16
+        told = store.export_peft(state, tmp_path / f"peft-{seed}")
+        exact = np.linalg.norm(core.delta(core.Adapter(*(x.astype(np.float64) for x in adapter))))
+        assert abs(told.size["w"] - exact) <= 2.0**-40 * np.linalg.norm(a) * np.linalg.norm(b)
+
+
+def test_a_head_that_overflows_is_refused_before_anything_is_written(tmp_path):
+    V = np.full((3, 4), 1e5, np.float32)
+    head = store.Layer("head", store.Target("h.weight", (3, 4)), core.Adapter(None, V, V, None))
+    save_file({"h.weight": np.ones((3, 4), np.float16)}, tmp_path / "base.safetensors")
+    with pytest.raises(InvalidValueError, match="head 'h' does not fit the checkpoint"):
+        store.merge_checkpoint(tmp_path / "base.safetensors", store.State({"h": head}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_copies_where_the_system_has_no_call_for_them(tmp_path, monkeypatch):
+    def none(*_):
+        raise OSError
+
+    monkeypatch.setattr(os, "copy_file_range", none, raising=False)
+    rng = np.random.default_rng(17)
+    tensors = checkpoint(tmp_path / "base", rng, np.float32)
+    state = dyadic_state(rng)
+    store.merge_checkpoint(tmp_path / "base", state, tmp_path / "out")
+    expected = merged_by_hand(tensors, state)
+    for path in (tmp_path / "out").glob("*.safetensors"):
+        assert all((array == expected[name]).all() for name, array in load_file(path).items())
+
+
+def test_the_configuration_comes_last(tmp_path, monkeypatch):
+    rng = np.random.default_rng(18)
+    checkpoint(tmp_path / "base", rng, np.float32)
+    names = []
+    replace = _checkpoint.replace
+    monkeypatch.setattr(_checkpoint, "replace", lambda path, text: (names.append(path.name), replace(path, text)))
+    store.merge_checkpoint(tmp_path / "base", dyadic_state(rng), tmp_path / "out")
+    small = [name for name in names if name != "clora-merge.json"]
+    assert small == ["tokenizer.json", "model.safetensors.index.json", "config.json"]
+    (tmp_path / "out" / "config.json").unlink()  # complete, but for this
+    store.merge_checkpoint(tmp_path / "base", dyadic_state(np.random.default_rng(18)), tmp_path / "new")
+    assert (tmp_path / "new" / "config.json").exists()
+
+
+def test_data_are_on_the_disk_before_the_journal_says_so(tmp_path, monkeypatch):
+    rng = np.random.default_rng(19)
+    checkpoint(tmp_path / "base", rng, np.float32)
+    events = []
+    fsync, replace = os.fsync, _checkpoint.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (events.append(os.fstat(fd).st_ino), fsync(fd)))
+
+    def note(path, text):
+        partial = {p.stat().st_ino: p.name for p in path.parent.glob("*.partial")}
+        if path.name == "clora-merge.json" and any(json.loads(text)["done"].values()):
+            assert not partial or set(partial) & set(events)
+        replace(path, text)
+        events.clear()
+
+    monkeypatch.setattr(_checkpoint, "replace", note)
+    store.merge_checkpoint(tmp_path / "base", dyadic_state(rng), tmp_path / "out")
+
+
+def test_no_file_stays_open(tmp_path):
+    rng = np.random.default_rng(20)
+    checkpoint(tmp_path / "base", rng, np.float32)
+    state = dyadic_state(rng)
+    before = len(os.listdir("/proc/self/fd"))
+    for i in range(5):
+        interrupted(tmp_path, state, f"out-{i}")
+        store.merge_checkpoint(tmp_path / "base", state, tmp_path / f"out-{i}")
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
+def test_code_in_the_present_folder_is_never_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(_blocks, "ALONE", 0)
+    rng = np.random.default_rng(21)
+    checkpoint(tmp_path / "base", rng, np.float32)
+    (tmp_path / "base" / "numpy.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "base")
+    store.merge_checkpoint(tmp_path / "base", dyadic_state(rng), tmp_path / "out")
+    assert not (tmp_path / "run").exists()
 
 
 # --- interrupted -------------------------------------------------------------------------------------------------

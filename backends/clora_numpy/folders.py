@@ -12,7 +12,7 @@ from array_api_compat import array_namespace, device
 
 import clora_core as core
 import clora_store as store
-from clora_core.errors import OptionError, ShapeError, StateError, message
+from clora_core.errors import FormatError, OptionError, ShapeError, StateError, message
 
 from .continual import ContinualAdapter, _like
 from .layers import Head, Layer, Network
@@ -68,6 +68,12 @@ def load(
     """
     network = network if isinstance(network, Network) else Network(network)
     state = folder if isinstance(folder, store.State) else store.load(folder, finite=finite)
+    store.check(state, "clora_numpy.load", finite=finite)
+    stop_old = state.options.get("stop_old", True)
+    if type(stop_old) is not bool:
+        needed, fix = "True or False", "correct the options in clora.json"
+        text = message("clora_numpy.load", "stop_old", got=repr(stop_old), needed=needed, cause="an edit", fix=fix)
+        raise FormatError(text)
     wanted = [(names or {}).get(name, name) for name in state.layers]
     if len(set(wanted)) < len(wanted):
         got, fix = ", ".join(map(repr, wanted)), "give every saved layer a name of its own"
@@ -80,7 +86,7 @@ def load(
     for name, module in modules.items():
         module.adapter = core.Adapter(*map(arrays[name].fast, state.layers[name].adapter))
         if isinstance(module, Layer):
-            module.stop_old = bool(state.options.get("stop_old", True))
+            module.stop_old = stop_old
         else:
             missing = module.adapter.R_old.shape[0] - module._start.shape[0]  # classes that came later have logit 0
             xp = array_namespace(module._start)
@@ -96,15 +102,15 @@ def load(
         if layer.moments is not None:
             adapter._moments[here] = core.Moments(*map(border.wide, layer.moments))
         adapter._targets[here] = layer.kind, layer.target
+        adapter._names[name] = here
     adapter._blind = [places[name] for name, layer in state.layers.items() if not layer.complete]
     adapter.tasks, adapter._unobserved = list(state.tasks), list(state.unobserved)
-    adapter._snapshots = {
-        task: {
-            places[name]: core.Adapter(*map(arrays[name].fast, store.adapter_at(state, name, task)))
-            for name in state.layers
+    wholes = {name: adapter._whole(places[name]) for name in state.layers}  # shared by all snapshots
+    for task, snapshots in state.snapshots.items():
+        adapter._snapshots[task] = {
+            places[name]: _snapshot(snapshot, wholes[name], arrays[name]) for name, snapshot in snapshots.items()
         }
-        for task in state.snapshots
-    }
+    adapter._folder = state._replace(layers={n: layer._replace(moments=None) for n, layer in state.layers.items()})
     adapter._open = adapter._resumed = state.open
     if state.open is not None:
         if all(layer.observed is not None for layer in state.layers.values()):
@@ -134,7 +140,7 @@ def to_state(adapter: ContinualAdapter) -> store.State:
     layers = {}
     for name, layer in adapter.layers.items():
         kind, target = adapter._targets.get(name) or _target(name, layer)
-        spare = adapter._spare.get(name)
+        spare = adapter._spare.get(name) or _spare_of_folder(adapter, name)
         layers[name] = store.Layer(
             kind=kind,
             target=target,
@@ -150,6 +156,7 @@ def to_state(adapter: ContinualAdapter) -> store.State:
             name: store.Snapshot(_host(R_old), *((_host(A), _host(B)) if moving and A is not None else (None, None)))
             for name, (A, R_old, _, B) in adapters.items()
         }
+    before = adapter._folder
     layer = next((layer for layer in adapter.layers.values() if isinstance(layer, Layer)), None)
     return store.State(
         layers=layers,
@@ -158,9 +165,35 @@ def to_state(adapter: ContinualAdapter) -> store.State:
         unobserved=tuple(adapter._unobserved),
         open=adapter._open,
         snapshots=snapshots,
-        options={"stop_old": layer is None or layer.stop_old, "train_routing": adapter.train_routing},
-        provenance={"framework": f"numpy {np.__version__}"},
+        options={
+            **({} if before is None else before.options),
+            "stop_old": layer is None or layer.stop_old,
+            "train_routing": adapter.train_routing,
+        },
+        provenance={**({} if before is None else before.provenance), "framework": f"numpy {np.__version__}"},
     )
+
+
+def _snapshot(snapshot: store.Snapshot, whole: core.Adapter, border: _Border) -> core.Adapter:
+    """The adapter of a snapshot; factors that stay are views of one array."""
+    R = border.fast(snapshot.R)
+    zero = border.xp.zeros_like(R)
+    if whole.A is None:  # classes that came later have logit 0
+        more = border.xp.zeros((whole.R_old.shape[0] - R.shape[0], R.shape[1]), dtype=R.dtype, device=device(R))
+        R = border.xp.concat([R, more], axis=0)
+        return core.Adapter(None, R, border.xp.zeros_like(R), None)
+    if snapshot.A is not None:
+        return core.Adapter(border.fast(snapshot.A), R, zero, border.fast(snapshot.B))
+    r = R.shape[0]
+    return core.Adapter(whole.A[:, :r], R, zero, whole.B[:r, :])
+
+
+def _spare_of_folder(adapter: ContinualAdapter, name: str) -> tuple[Array, Array] | None:
+    """Spare directions of factors that learn in every task: not used here, and kept for who can."""
+    if adapter._folder is None or adapter.factors != "every-task":
+        return None
+    layer = next(layer for n, layer in adapter._folder.layers.items() if adapter._names[n] == name)
+    return layer.spare if layer.adapter.R_old.shape == adapter.layers[name].adapter.R_old.shape else None
 
 
 class _Border:

@@ -91,6 +91,7 @@ def load(
     from ._attach import install, refuse_layer, refuse_second  # attach makes what has a method that saves
 
     state = folder if isinstance(folder, store.State) else store.load(folder, finite=finite)
+    store.check(state, "clora_torch.load", finite=finite)
     modules = dict(model.named_modules())
     refuse_second(modules)
     places = {name: _place(name, layer, names or {}, modules) for name, layer in state.layers.items()}
@@ -287,6 +288,7 @@ def _as_dict(state: store.State, places: Mapping[str, Target], adapter: Continua
         }
         if layer.moments is None:
             layers[here[name]] |= {field: torch.zeros_like(kind[field]) for field in ("S", "P", "q")}
+    heads = {n: layer.adapter.R_old.shape[0] for n, layer in state.layers.items() if layer.kind == "head"}
     observed = {here[n]: layer.observed for n, layer in state.layers.items() if layer.observed is not None}
     whole = len(observed) == len(state.layers)
     return {
@@ -301,7 +303,9 @@ def _as_dict(state: store.State, places: Mapping[str, Target], adapter: Continua
         "no_snapshots": len(state.tasks) - len(state.snapshots),
         "snapshots": {
             task: {
-                here[n]: {f: _tensor(a, like=adapter.layers[here[n]].R_delta) for f, a in _fields(s).items()}
+                here[n]: {
+                    f: _tensor(a, like=adapter.layers[here[n]].R_delta) for f, a in _fields(s, heads.get(n)).items()
+                }
                 for n, s in snapshots.items()
             }
             for task, snapshots in state.snapshots.items()
@@ -309,9 +313,11 @@ def _as_dict(state: store.State, places: Mapping[str, Target], adapter: Continua
     }
 
 
-def _fields(snapshot: store.Snapshot) -> dict[str, Any]:
+def _fields(snapshot: store.Snapshot, rows: int | None) -> dict[str, Any]:
+    """As torch names them; a head's with zeros for the classes that came later."""
     fields = snapshot.tensors()
-    return {"R_old": fields.pop("R"), **fields}
+    R = fields.pop("R")
+    return {"R_old": R if rows is None else np.pad(R, ((0, rows - R.shape[0]), (0, 0))), **fields}
 
 
 def _like(module: Any) -> dict[str, Any]:
