@@ -178,8 +178,9 @@ class ContinualAdapter:
         self._spare: dict[str, tuple[Array, Array]] = {}
         self._blind: list[str] = []
         self._targets: dict[str, Any] = {}
-        self._folder: Any = None  # what was loaded, for what this library does not use and others do
-        self._names: dict[str, str] = {}  # of its layers -> here
+        # Also from a folder, not used here but by other libraries: options, provenance, directions.
+        self._kept: tuple[dict[str, Any], dict[str, str]] = ({}, {})
+        self._kept_spare: dict[str, tuple[Array, Array]] = {}
         self._resumed: str | None = None
         self._saved: dict[str, str] = {}  # folder -> digest of what was last saved there, or loaded
         self._spans: dict[tuple[str, float], Array] = {}

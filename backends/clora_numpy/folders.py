@@ -102,7 +102,8 @@ def load(
         if layer.moments is not None:
             adapter._moments[here] = core.Moments(*map(border.wide, layer.moments))
         adapter._targets[here] = layer.kind, layer.target
-        adapter._names[name] = here
+        if state.factors == "every-task" and layer.spare is not None:
+            adapter._kept_spare[here] = layer.spare
     adapter._blind = [places[name] for name, layer in state.layers.items() if not layer.complete]
     adapter.tasks, adapter._unobserved = list(state.tasks), list(state.unobserved)
     wholes = {name: adapter._whole(places[name]) for name in state.layers}  # shared by all snapshots
@@ -110,7 +111,7 @@ def load(
         adapter._snapshots[task] = {
             places[name]: _snapshot(snapshot, wholes[name], arrays[name]) for name, snapshot in snapshots.items()
         }
-    adapter._folder = state._replace(layers={n: layer._replace(moments=None) for n, layer in state.layers.items()})
+    adapter._kept = dict(state.options), dict(state.provenance)
     adapter._open = adapter._resumed = state.open
     if state.open is not None:
         if all(layer.observed is not None for layer in state.layers.values()):
@@ -140,7 +141,7 @@ def to_state(adapter: ContinualAdapter) -> store.State:
     layers = {}
     for name, layer in adapter.layers.items():
         kind, target = adapter._targets.get(name) or _target(name, layer)
-        spare = adapter._spare.get(name) or _spare_of_folder(adapter, name)
+        spare = adapter._spare.get(name) or _kept_spare(adapter, name)
         layers[name] = store.Layer(
             kind=kind,
             target=target,
@@ -156,7 +157,7 @@ def to_state(adapter: ContinualAdapter) -> store.State:
             name: store.Snapshot(_host(R_old), *((_host(A), _host(B)) if moving and A is not None else (None, None)))
             for name, (A, R_old, _, B) in adapters.items()
         }
-    before = adapter._folder
+    options, provenance = adapter._kept
     layer = next((layer for layer in adapter.layers.values() if isinstance(layer, Layer)), None)
     return store.State(
         layers=layers,
@@ -166,11 +167,11 @@ def to_state(adapter: ContinualAdapter) -> store.State:
         open=adapter._open,
         snapshots=snapshots,
         options={
-            **({} if before is None else before.options),
+            **options,
             "stop_old": layer is None or layer.stop_old,
             "train_routing": adapter.train_routing,
         },
-        provenance={**({} if before is None else before.provenance), "framework": f"numpy {np.__version__}"},
+        provenance={**provenance, "framework": f"numpy {np.__version__}"},
     )
 
 
@@ -188,12 +189,12 @@ def _snapshot(snapshot: store.Snapshot, whole: core.Adapter, border: _Border) ->
     return core.Adapter(whole.A[:, :r], R, zero, whole.B[:r, :])
 
 
-def _spare_of_folder(adapter: ContinualAdapter, name: str) -> tuple[Array, Array] | None:
-    """Spare directions of factors that learn in every task: not used here, and kept for who can."""
-    if adapter._folder is None or adapter.factors != "every-task":
+def _kept_spare(adapter: ContinualAdapter, name: str) -> tuple[Array, Array] | None:
+    """Spare directions where factors learn in every task: not used here, and kept for who can, at the rank they fit."""
+    spare, rank = adapter._kept_spare.get(name), adapter.layers[name].adapter.R_old.shape[-1]
+    if spare is None or rank + spare[1].shape[0] > min(spare[0].shape[0], spare[1].shape[1]):
         return None
-    layer = next(layer for n, layer in adapter._folder.layers.items() if adapter._names[n] == name)
-    return layer.spare if layer.adapter.R_old.shape == adapter.layers[name].adapter.R_old.shape else None
+    return spare
 
 
 class _Border:
