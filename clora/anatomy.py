@@ -40,6 +40,15 @@ class LayerAnatomy(NamedTuple):
     spectrum: list[float]
     effective_rank: float
 
+    def cells(self) -> tuple[str, ...]:
+        """The row of a table, up to the spectrum."""
+        rank = "" if self.kind == "head" else f"{self.rank}" + (f" + {self.spare}" if self.spare else "")
+        effective = f"{self.effective_rank:.1f}" if self.spectrum else ""
+        return self.name, self.kind, f"{self.d_out} x {self.d_in}", rank, f"{self.norm:.3g}", effective
+
+
+CELLS = ("layer", "kind", "d_out x d_in", "rank", "norm", "effective rank")
+
 
 def layers(state: store.State) -> list[LayerAnatomy]:
     """Every layer in numbers."""
@@ -51,7 +60,7 @@ def layers(state: store.State) -> list[LayerAnatomy]:
         if layer.kind == "head":
             first = next(iter(state.snapshots), None)
             V = core.routing(adapter)
-            before = V if first is None else _padded(store.adapter_at(state, name, first).R_old, adapter)
+            before = V if first is None else _wide(store.adapter_at(state, name, first)).R_old
             out.append(LayerAnatomy(*about, 0, 0, float(np.linalg.norm(V - before)), [], 0.0))
             continue
         s = _spectrum(adapter)
@@ -99,9 +108,7 @@ def overlap(state: store.State, tasks: Sequence[str]) -> Array:
             total += [[float(np.sum((a.T @ c) * (b @ d.T))) for c, d in pairs] for a, b in pairs]
             continue
         # Factors are shared: D = A C B with a small C, whose products in orthonormal frames are those of D.
-        A, _, _, B = _wide(layer.adapter)
-        if layer.spare is not None:
-            A, B = np.concatenate([A, layer.spare[0]], axis=1), np.concatenate([B, layer.spare[1]], axis=0)
+        A, B = (np.asarray(factor, dtype=np.float64) for factor in layer.factors())
         T_A, T_B = (np.asarray(np.linalg.qr(factor, mode="r")) for factor in (A, B.T))
         r = A.shape[1]
         routing = {task: _at_rank(snapshots[task][name].R, r) for task in needed}
@@ -214,10 +221,6 @@ def _same(one: Sequence[Array | None], two: Sequence[Array | None]) -> bool:
         (x is None and y is None) or (x is not None and y is not None and _bits(x) == _bits(y))
         for x, y in zip(one, two, strict=True)
     )
-
-
-def _padded(V: Array, like: core.Adapter) -> Array:
-    return np.pad(np.asarray(V, dtype=np.float64), ((0, like.R_old.shape[0] - V.shape[0]), (0, 0)))
 
 
 def _wide(adapter: core.Adapter) -> core.Adapter:

@@ -18,6 +18,12 @@ def _console(*, stderr: bool) -> Console:
 console, messages = _console(stderr=False), _console(stderr=True)
 
 
+def heat(value: float) -> str:
+    """A colour for a value in [-1, 1]: red for positive, blue for negative, white for 0."""
+    fade = round(255 * (1 - min(1.0, abs(value))))
+    return f"rgb(255,{fade},{fade})" if value >= 0 else f"rgb({fade},{fade},255)"
+
+
 def printable(text: str) -> str:
     """A name as one line: control characters, line breaks and what UTF-8 has no bytes for, escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from .anatomy import LayerAnatomy
-from .console import printable
+from .anatomy import CELLS, LayerAnatomy
+from .console import heat, printable
 from .report import STYLE
 
 HEAT = """
@@ -23,7 +23,7 @@ def page(about: Mapping[str, Any], layers: Sequence[LayerAnatomy], tasks: Sequen
     named = {key: value for key, value in about.items() if key != "provenance"} | about["provenance"]
     facts = "".join(f"<tr><td>{_cell(key)}</td><td>{_cell(_text(value))}</td></tr>" for key, value in named.items())
     rows = "".join(_row(layer) for layer in layers)
-    heads = "<th>layer</th><th>kind</th><th>d_out x d_in</th><th>rank</th><th>norm</th><th>effective rank</th>"
+    heads = "".join(f"<th>{name}</th>" for name in CELLS)
     heat = ""
     if len(tasks) > 1:
         heat = (
@@ -50,18 +50,12 @@ def _text(value: Any) -> str:
 
 
 def _row(layer: LayerAnatomy) -> str:
-    rank = "" if layer.kind == "head" else f"{layer.rank}" + (f" + {layer.spare}" if layer.spare else "")
-    effective = f"{layer.effective_rank:.1f}" if layer.spectrum else ""
     top = layer.spectrum[0] if layer.spectrum else 0.0
     bars = (
         "".join(f"<i style='height:{100 * value / top:.0f}%'></i>" for value in layer.spectrum[:64]) if top > 0 else ""
     )
-    cells = (layer.name, layer.kind, f"{layer.d_out} x {layer.d_in}", rank, f"{layer.norm:.3g}", effective)
-    return (
-        "<tr>"
-        + "".join(f"<td>{escape(cell)}</td>" for cell in cells)
-        + f"<td><span class='bars'>{bars}</span></td></tr>"
-    )
+    text = "".join(f"<td>{_cell(cell)}</td>" for cell in layer.cells())
+    return f"<tr>{text}<td><span class='bars'>{bars}</span></td></tr>"
 
 
 def _heat(tasks: Sequence[str], overlap: Any) -> str:
@@ -69,9 +63,7 @@ def _heat(tasks: Sequence[str], overlap: Any) -> str:
     for i, (task, row) in enumerate(zip(tasks, overlap, strict=True)):
         cells = []
         for other, value in zip(tasks[: i + 1], row[: i + 1], strict=True):
-            fade = round(255 * (1 - min(1.0, abs(float(value)))))
-            colour = f"rgb(255,{fade},{fade})" if value >= 0 else f"rgb({fade},{fade},255)"
             tip = _cell(f"{task}, {other}: {float(value):+.3f}")
-            cells.append(f"<td style='background:{colour}' title='{tip}'>{float(value):+.2f}</td>")
+            cells.append(f"<td style='background:{heat(value)}' title='{tip}'>{float(value):+.2f}</td>")
         rows.append(f"<tr><td>{_cell(task)}</td>{''.join(cells)}</tr>")
     return f"<table class='heat'>{''.join(rows)}</table>"

@@ -28,7 +28,7 @@ import clora_store as store
 from clora_core.errors import CloraError, FormatError, OptionError, message
 
 from . import anatomy
-from .console import console, messages, printable
+from .console import console, heat, messages, printable
 
 DAMAGED, DIFFERENT, INTERRUPTED = 3, 4, 130
 BARS = "▁▂▃▄▅▆▇█"
@@ -325,13 +325,9 @@ def _table(*headers: str) -> Table:
 
 
 def _layers_table(layers: Sequence[anatomy.LayerAnatomy]) -> Table:
-    table = _table("layer", "kind", "d_out x d_in", "rank", "norm", "effective rank", "spectrum")
+    table = _table(*anatomy.CELLS, "spectrum")
     for layer in layers:
-        rank = "" if layer.kind == "head" else f"{layer.rank}" + (f" + {layer.spare}" if layer.spare else "")
-        effective = f"{layer.effective_rank:.1f}" if layer.spectrum else ""
-        size = f"{layer.d_out} x {layer.d_in}"
-        bars = spark(layer.spectrum)
-        table.add_row(Text(printable(layer.name)), layer.kind, size, rank, f"{layer.norm:.3g}", effective, bars)
+        table.add_row(*(Text(printable(cell)) for cell in layer.cells()), spark(layer.spectrum))
     return table
 
 
@@ -347,11 +343,7 @@ def heat_map(tasks: Sequence[str], overlap: Any) -> Table:
     """A matrix in [-1, 1] as coloured cells: red for alike, blue for opposite, so dark as strong."""
     table = Table(box=None, pad_edge=False, padding=0, show_header=False)
     for i, (task, row) in enumerate(zip(tasks, overlap, strict=True)):
-        cells = []
-        for value in row[: i + 1]:
-            fade = int(255 * (1 - min(1.0, abs(float(value)))))
-            red, blue = (255, fade) if value >= 0 else (fade, 255)
-            cells.append(Text(f"{value:+.2f}"[0:5].rjust(6), style=f"black on rgb({red},{fade},{blue})"))
+        cells = [Text(f"{value:+.2f}".rjust(6), style=f"black on {heat(value)}") for value in row[: i + 1]]
         table.add_row(Text(f"{printable(task)[:24]} "), *cells)
     return table
 

@@ -8,7 +8,7 @@ from ._folder import digest, load, save
 from ._functions import Update, adapter_at, difference
 from ._peft_export import VLLM_RANKS, Exported, export_peft, vllm_problems
 from ._peft_import import import_peft
-from ._state import Layer, Snapshot, State, Target, check
+from ._state import Layer, Snapshot, State, Target, check, places
 
 __all__ = [
     "VLLM_RANKS",
@@ -28,6 +28,7 @@ __all__ = [
     "import_peft",
     "load",
     "merge_checkpoint",
+    "places",
     "save",
     "vllm_problems",
 ]

@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 import clora_core as core
-from clora_core.errors import DTypeError, InvalidValueError, OptionError, ShapeError, StateError, message
+from clora_core.errors import DTypeError, InvalidValueError, ShapeError, message
 
 from . import _safetensors as st
-from ._blocks import Piece, Shard, round_once
+from ._blocks import Piece, Shard
+from ._errors import bad, option_error, state_error
 from ._folder import BOOK
 from ._functions import adapter_at
 from ._state import LAYOUTS, Array, Layer, State
@@ -56,7 +57,7 @@ def find_shards(source: Path, where: str) -> tuple[list[Shard], Path | None]:
             shards.append(Shard(path, path.name, st.read_header(fd, f"{where}, {path.name}")))
         for name in shards[-1].header.entries:
             if name in seen:
-                raise st.bad(where, f"tensor {name!r} is there twice", f"{seen[name]} and {path.name}", "once")
+                raise bad(where, f"tensor {name!r} is there twice", f"{seen[name]} and {path.name}", "once")
             seen[name] = path.name
     return shards, index
 
@@ -65,13 +66,11 @@ def _listed(index: Path, where: str) -> list[Path]:
     text = st.parse_json(read_small(index, where), f"{where}, {index.name}")
     names = text.get("weight_map") if isinstance(text, dict) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-        raise st.bad(where, f"{index.name} has no weight_map of names", type(names).__name__, "an object of strings")
+        raise bad(where, f"{index.name} has no weight_map of names", type(names).__name__, "an object of strings")
     files = sorted(set(names.values()))
     for name in files:
         if name != os.path.basename(name) or "\\" in name or not name.endswith(".safetensors"):
-            raise st.bad(
-                where, f"{index.name} names a file that is no shard beside it", repr(name)[:200], "a plain name"
-            )
+            raise bad(where, f"{index.name} names a file that is no shard beside it", repr(name)[:200], "a plain name")
     return [index.parent / name for name in files]
 
 
@@ -150,13 +149,10 @@ def match(
                 fix,
             )
         if layer.kind == "head":
-            V = core.routing(adapter)
-            parts = {target.weight: V} if target.bias is None else {target.weight: V[:, :-1], target.bias: V[:, -1]}
-            for weight, value in parts.items():
+            for weight, value in target.replaced(core.routing(adapter)).items():
                 name, entry = entry_of(layer_name, weight)
                 _need_shape(name, entry.shape, value.shape, "a head that has grown; merge and save it in torch", where)
-                with np.errstate(over="ignore"):
-                    rounded = round_once(value, st.DTYPES[entry.dtype])
+                rounded = st.round_once(value, st.DTYPES[entry.dtype])
                 if not np.isfinite(rounded).all():
                     raise InvalidValueError(
                         message(
@@ -193,7 +189,7 @@ def _piece(
     wide = np.float64 if "F64" in (entry.dtype, st.dtype_name(adapter.R_old.dtype)) else np.float32
     A, R_old, R_delta, B = wide_adapter = core.Adapter(*(array.astype(wide) for array in adapter))
     R = core.routing(wide_adapter)
-    rows = target.rows or (0, target._replace(rows=None).matrix[0])
+    rows = target.rows or (0, target.whole[0])
     largest = core.Adapter(abs(A).max(0, keepdims=True), R_old, R_delta, abs(B).max(1, keepdims=True))
     left, right = (A, R @ B) if stored == "out,in" else (B.T, (A @ R).T)
     left, right = np.ascontiguousarray(left), np.ascontiguousarray(right)
@@ -220,15 +216,5 @@ def read_small(path: Path, where: str) -> bytes:
     with st.opened(path, f"{where}, {path.name}") as fd:
         size = os.fstat(fd).st_size
         if size > SMALL:
-            raise st.bad(where, f"{path.name} is too large", size, f"at most {SMALL}")
+            raise bad(where, f"{path.name} is too large", size, f"at most {SMALL}")
         return st.read_exactly(fd, size, 0, where)
-
-
-def option_error(where: str, what: str, got: str, needed: str, fix: str) -> OptionError:
-    cause = "names or options of another model"
-    return OptionError(message(where, what, got=got, needed=needed, cause=cause, fix=fix))
-
-
-def state_error(where: str, what: str, got: str, needed: str, fix: str) -> StateError:
-    cause = "a folder or disk that is in use for something else"
-    return StateError(message(where, what, got=got, needed=needed, cause=cause, fix=fix))

@@ -21,6 +21,7 @@ import clora_core as core
 from clora_core.errors import StateError, message
 
 from . import _safetensors as st
+from ._errors import bad
 from ._state import Array
 
 PARTIAL = ".partial"
@@ -211,12 +212,6 @@ def _scratch(which: int, dtype: np.dtype[Any], shape: tuple[int, ...]) -> Array:
     return held[which, dtype][:count].reshape(shape)
 
 
-def round_once(value: Array, dtype: np.dtype[Any]) -> Array:
-    """One rounding, through float32."""
-    narrow = dtype.itemsize < 4 and value.dtype.itemsize > 4
-    return np.ascontiguousarray((value.astype(np.float32) if narrow else value).astype(dtype))
-
-
 def _copy_range(fd: int, to: int, start: int, stop: int, where: str) -> None:
     position = start
     while position < stop:
@@ -228,7 +223,7 @@ def _copy_range(fd: int, to: int, start: int, stop: int, where: str) -> None:
             _write_all(to, view, position)
             count = len(view)
         if count == 0:
-            raise st.bad(where, "the file ended early", f"{position} bytes", f"{stop}")
+            raise bad(where, "the file ended early", f"{position} bytes", f"{stop}")
         position += count
 
 
@@ -292,9 +287,9 @@ def _start(work: Work) -> list[Any]:
 
     text = pickle.dumps(work)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    # The same code as here, and never what lies in the present folder (-P): that may be a checkpoint of somebody's.
+    # The same code as here, and never what lies in the present folder: that may be a checkpoint of somebody's.
     code = "import sys; sys.path[:] = sys.argv[1:]; from clora_store._blocks import serve; serve()"
-    command = [sys.executable, "-P", "-c", code, *(entry for entry in sys.path if entry)]
+    command = [sys.executable, "-c", code, *(entry for entry in sys.path if entry)]
     processes: list[Any] = []
     try:
         for _ in range(st.WORKERS):  # in a session of their own: Ctrl-C is the parent's

@@ -20,8 +20,9 @@ import numpy as np
 from clora_core.errors import CloraError, InvalidValueError, message
 
 from . import _safetensors as st
-from ._base import JOURNAL, find_shards, match, option_error, other_files, read_small, state_error
+from ._base import JOURNAL, find_shards, match, other_files, read_small
 from ._blocks import BLOCK, BLOCKS, Job, Piece, Shard, Sums, Work, add, jobs, pool
+from ._errors import option_error, state_error
 from ._folder import LOCK, locked, replace, sweep, sync
 from ._state import LAYOUTS, State, check
 
@@ -180,7 +181,7 @@ def _plan_digest(
         digest.update(repr((shard.name, about.st_size, about.st_mtime_ns, shard.header)).encode())
     for name, array in state.arrays():
         digest.update(repr((name, array.dtype.str, array.shape)).encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
+        digest.update(st.as_bytes(np.ascontiguousarray(array)))
     return digest.hexdigest()
 
 

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ import numpy as np
 from clora_core.errors import CloraError, FormatError, StateError, message
 
 from . import _safetensors as st
+from ._errors import bad
 from ._schema import FILE, Book, Described, File, Group, assemble, decode, encode
 from ._state import State, check
 
@@ -103,16 +105,14 @@ def _write_all(path: Path, state: State, files: dict[str, File], where: str) -> 
     tensors = {f"{name}.{f}": array for name, layer in state.layers.items() for f, array in layer.tensors().items()}
     text = encode(state, _write(path, "state", tensors, files, where), groups, files)
     if len(text) > LARGEST_BOOK:
-        raise st.bad(where, "clora.json would be too large", len(text), LARGEST_BOOK, fix="save without snapshots")
+        raise bad(where, "clora.json would be too large", len(text), LARGEST_BOOK, fix="save without snapshots")
     book = decode(text, where)  # what can't be read again must not take the place of what can
     layers = {name: (layer.kind, layer.target, layer.complete) for name, layer in state.layers.items()}
     read = {name: (fields["kind"], fields["target"], fields["complete"]) for name, fields in book.layers.items()}
     plain = {key: dict(value) if isinstance(value, Mapping) else value for key, value in state._asdict().items()}
     if read != layers or any(plain[key] != value for key, value in book.fields.items()):
         fix = "use texts for names, and plain values in options"
-        raise st.bad(
-            where, "the state would be read as another", "values that JSON has no type for", "its own", fix=fix
-        )
+        raise bad(where, "the state would be read as another", "values that JSON has no type for", "its own", fix=fix)
     sync(path)  # the names of the files, before the book names them
     return text
 
@@ -155,9 +155,7 @@ def load(folder: str | os.PathLike[str], *, finite: bool = True) -> State:
             text, book = _read_book(path, where)
             if text == before:
                 name = Path(error.filename).name
-                raise st.bad(
-                    where, f"the file {name} is missing", "no such file", "all files clora.json names"
-                ) from None
+                raise bad(where, f"the file {name} is missing", "no such file", "all files clora.json names") from None
             continue
         state = assemble(book, tensors, where)._replace(digest=_digest(text))
         check(state, where, finite=finite)
@@ -176,7 +174,7 @@ def _read_text(path: Path, where: str) -> bytes:
     with st.opened(path / BOOK, where) as fd:
         size = os.fstat(fd).st_size
         if size > LARGEST_BOOK:
-            raise st.bad(where, "clora.json is too large", f"{size} bytes", f"at most {LARGEST_BOOK}")
+            raise bad(where, "clora.json is too large", f"{size} bytes", f"at most {LARGEST_BOOK}")
         return st.read_exactly(fd, size, 0, where)
 
 
@@ -185,7 +183,7 @@ def _read_book(path: Path, where: str) -> tuple[bytes, Book]:
         text = _read_text(path, where)
     except (FileNotFoundError, NotADirectoryError):
         cause, fix = "another folder, or a path misspelt", "pass the folder that save() wrote to"
-        raise st.bad(where, "this is no folder of an adapter", f"no {BOOK}", BOOK, cause=cause, fix=fix) from None
+        raise bad(where, "this is no folder of an adapter", f"no {BOOK}", BOOK, cause=cause, fix=fix) from None
     return text, decode(text, where)
 
 
@@ -195,22 +193,22 @@ def _read(path: Path, name: str, file: File, where: str) -> Tensors:
     with st.opened(path / name, where) as fd:
         size = os.fstat(fd).st_size
         if size != file.bytes:
-            raise st.bad(where, "the file has another size", f"{size} bytes", f"{file.bytes}")
+            raise bad(where, "the file has another size", f"{size} bytes", f"{file.bytes}")
         longest = 1024 + sum(6 * len(n) + 256 + 24 * len(t.shape) for n, t in file.tensors.items())
         header = st.read_header(fd, where, limit=longest)
         if set(header.entries) != set(file.tensors):
             strange = sorted(set(header.entries) ^ set(file.tensors))
-            raise st.bad(where, "the file has other tensors", repr(strange[0])[:200], "those clora.json names")
+            raise bad(where, "the file has other tensors", repr(strange[0])[:200], "those clora.json names")
         for tensor, entry in header.entries.items():
             told = file.tensors[tensor]
             if (entry.dtype, entry.shape) != (told.dtype, told.shape):
                 got, needed = (f"{x.dtype} {x.shape}" for x in (entry, told))
-                raise st.bad(where, f"tensor {tensor!r} is not as clora.json says", got, needed)
+                raise bad(where, f"tensor {tensor!r} is not as clora.json says", got, needed)
         read = st.read_tensors(fd, header, where)
     for tensor, (_, sha256) in read.items():
         if sha256 != file.tensors[tensor].sha256:
             needed = file.tensors[tensor].sha256[:80]
-            raise st.bad(where, f"the content of tensor {tensor!r} has another hash", sha256, needed)
+            raise bad(where, f"the content of tensor {tensor!r} has another hash", sha256, needed)
     return {tensor: array for tensor, (array, _) in read.items()}
 
 
@@ -305,7 +303,7 @@ def _digest(data: bytes) -> str:
 
 def sync(folder: Path) -> None:
     """Make names in a folder durable, where the system can."""
-    if os.name == "nt":
+    if sys.platform == "win32":
         return
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -342,13 +340,13 @@ def locked(folder: Path, where: str) -> Iterator[None]:
             fix="save from one process, or to folders of their own",
         )
     )
-    if os.name == "nt":
+    if sys.platform == "win32":
         import msvcrt
 
         fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT)
         try:
             try:
-                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+                msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
             except OSError:
                 raise busy from None
             yield

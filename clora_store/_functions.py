@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,22 +49,17 @@ def adapter_at(state: State, name: str, task: str | None = None) -> core.Adapter
         )
     snapshot = state.snapshots[task][name]
     R = snapshot.R
-    if layer.kind == "head":  # classes that came later have logit 0
-        R = np.pad(R, ((0, R_old.shape[0] - R.shape[0]), (0, 0)))
+    if layer.kind == "head":
         return _wide(None, R, np.zeros_like(R), None)
-    if snapshot.A is not None:
-        return _wide(snapshot.A, R, np.zeros_like(R), snapshot.B)
-    if layer.spare is not None:
-        A, B = np.concatenate([A, layer.spare[0]], axis=1), np.concatenate([B, layer.spare[1]], axis=0)
     r = R.shape[-1]
+    A, B = layer.factors() if snapshot.A is None or snapshot.B is None else (snapshot.A, snapshot.B)
     return _wide(A[:, :r], R, np.zeros_like(R), B[:r])
 
 
 def _wide(*arrays: Array | None) -> core.Adapter:
     """Half precision is for keeping, not for arithmetic."""
-    return core.Adapter(
-        *(a if a is None or a.dtype.itemsize > 2 else a.astype(np.float32) for a in arrays)  # type: ignore[misc]
-    )
+    wide: list[Any] = [a if a is None or a.dtype.itemsize > 2 else a.astype(np.float32) for a in arrays]
+    return core.Adapter(*wide)
 
 
 def difference(now: core.Adapter, before: core.Adapter | None = None) -> Update:

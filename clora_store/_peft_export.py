@@ -16,13 +16,14 @@ from typing import NamedTuple
 import numpy as np
 
 import clora_core as core
-from clora_core.errors import InvalidValueError, OptionError, RankError, StateError, message
+from clora_core.errors import InvalidValueError, RankError, StateError, message
 
 from . import _safetensors as st
+from ._errors import option_error
 from ._folder import replace, sync
 from ._functions import Update, adapter_at, difference
 from ._peft_import import CONFIG, PREFIX, WEIGHTS, read_config
-from ._state import Array, Layer, State, Target, check
+from ._state import Array, Layer, State, check
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
 
@@ -101,7 +102,7 @@ def export_peft(
     where = f"clora_store.export_peft({os.fspath(folder)!r})"
     narrow = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
     if dtype not in narrow:
-        raise _option(where, "unknown dtype", repr(dtype), " or ".join(map(repr, narrow)), "pass one of these")
+        raise option_error(where, "unknown dtype", repr(dtype), " or ".join(map(repr, narrow)), "pass one of these")
     check(state, where)
     rank = None if rank is None else operator.index(rank)
     if rank is not None and rank < 1:
@@ -134,13 +135,8 @@ def export_peft(
     for module, update in updates.items():
         tensors |= _lora(module, targets[module], update, common)
     for module, head in whole.items():
-        tensors |= _head(module, targets[module].target, head)
-    target_dtype = st.DTYPES[narrow[dtype]]
-    with np.errstate(over="ignore"):  # looked at below
-        written = {
-            PREFIX + key: np.ascontiguousarray(array.astype(np.float32).astype(target_dtype))
-            for key, array in tensors.items()
-        }
+        tensors |= targets[module].target.replaced(head)
+    written = {PREFIX + key: st.round_once(array, st.DTYPES[narrow[dtype]]) for key, array in tensors.items()}
     in_out = any(targets[m].kind == "linear" and targets[m].target.layout == "in,out" for m in updates)
     config = {
         "peft_type": "LORA",
@@ -230,7 +226,7 @@ def _updates(
                 whole[layer.target.module] = core.routing(adapter_at(state, name, task))
             continue
         if not layer.target.weight.endswith(".weight"):
-            raise _option(
+            raise option_error(
                 where,
                 f"PEFT has no LoRA for {layer.target.weight!r} that others read",
                 "a projection of nn.MultiheadAttention",
@@ -238,19 +234,21 @@ def _updates(
                 "merge the adapter into the model instead",
             )
         if vllm and layer.kind not in ("linear", "embedding"):
-            raise _option(where, f"vLLM has no LoRA for {name!r}", layer.kind, "linear layers", "merge it instead")
+            raise option_error(where, f"vLLM has no LoRA for {name!r}", layer.kind, "linear layers", "merge it instead")
         update = difference(adapter_at(state, name, task), None if since is None else adapter_at(state, name, since))
         parts.setdefault(layer.target.module, []).append((layer, update))
     if vllm and whole:
-        raise _option(where, "vLLM takes no classifiers", ", ".join(whole), "LoRA alone", "pass heads=False")
+        raise option_error(where, "vLLM takes no classifiers", ", ".join(whole), "LoRA alone", "pass heads=False")
     if not parts:
         fix = "save the classifier as the model's own, or adapt a layer, too"
-        raise _option(where, "PEFT loads no folder without LoRA", "classifiers alone", "an adapted layer", fix)
+        raise option_error(where, "PEFT loads no folder without LoRA", "classifiers alone", "an adapted layer", fix)
     for head in whole:
         same = next((module for module in parts if module.endswith(f".{head}")), None)
         if same is not None:
             got, fix = f"classifier {head!r}, adapted {same!r}", "pass heads=False, or merge the adapter instead"
-            raise _option(where, "PEFT tells modules by the end of their names", got, "names that differ there", fix)
+            raise option_error(
+                where, "PEFT tells modules by the end of their names", got, "names that differ there", fix
+            )
     return {module: _fused(pieces) for module, pieces in parts.items()}, whole
 
 
@@ -261,7 +259,7 @@ def _fused(pieces: Iterable[tuple[Layer, Update]]) -> Update:
         left = update.left
         if target.rows is not None:
             start, stop = target.rows
-            left = np.zeros((target._replace(rows=None).matrix[0], left.shape[1]))
+            left = np.zeros((target.whole[0], left.shape[1]))
             left[start:stop] = update.left
         lefts.append(left)
         rights.append(update.right)
@@ -290,17 +288,6 @@ def _lora(module: str, layer: Layer, update: Update, rank: int) -> dict[str, Arr
         right = right.reshape(rank, *kernel)
         left = left.reshape(*left.shape, *(1 for _ in kernel[1:]))
     return {f"{module}.lora_A.weight": right, f"{module}.lora_B.weight": left}
-
-
-def _head(module: str, target: Target, V: Array) -> dict[str, Array]:
-    if target.bias is None:
-        return {f"{module}.weight": V}
-    return {f"{module}.weight": V[:, :-1], f"{module}.bias": V[:, -1]}
-
-
-def _option(where: str, what: str, got: str, needed: str, fix: str) -> OptionError:
-    cause = "a model that mixes kinds of layers" if "no LoRA" in what else "a misspelt or missing option"
-    return OptionError(message(where, what, got=got, needed=needed, cause=cause, fix=fix))
 
 
 def _rank(where: str, rank: int, needed: str) -> RankError:

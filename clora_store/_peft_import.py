@@ -14,24 +14,21 @@ import clora_core as core
 from clora_core.errors import InvalidValueError, message
 
 from . import _safetensors as st
+from ._errors import bad
 from ._state import Array, Layer, Snapshot, State, Target, check
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 STARTS = (True, "gaussian", "orthogonal", "eva")  # of lora_A and lora_B; others change the base weights, too
-PLAIN = {
-    *(
-        "peft_type",
-        "auto_mapping",
-        "peft_version",
-        "base_model_name_or_path",
-        "revision",
-        "task_type",
-        "inference_mode",
-    ),
-    *("r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout", "fan_in_fan_out", "bias", "use_rslora"),
-    *("modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern", "eva_config"),
-    *("megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
-}  # settings that leave it W + scale * lora_B lora_A; any other that is set may not
+# Settings that leave it W + scale * lora_B lora_A; any other that is set may not.
+PLAIN = re.findall(
+    r"\w+",
+    """
+    peft_type auto_mapping peft_version base_model_name_or_path revision task_type inference_mode r target_modules
+    exclude_modules lora_alpha lora_dropout fan_in_fan_out bias use_rslora modules_to_save layers_to_transform
+    layers_pattern rank_pattern alpha_pattern eva_config megatron_config megatron_core qalora_group_size
+    runtime_config ensure_weight_tying
+    """,
+)
 PREFIX = "base_model.model."
 LARGEST_CONFIG, LONGEST_NAME = 1 << 24, 1000
 PATTERN = re.compile(r"\^?(?:\w|-|\\?\.|(?<=\.)\*)*\$?")  # regular expressions beyond that could run for ever
@@ -69,16 +66,14 @@ def import_peft(folder: str | os.PathLike[str], *, task: str | None = None, orth
     _refuse_config(config, where)
     if not (path / WEIGHTS).exists():
         cause, fix = "pickled weights (.bin), which are never read", "save it again with safetensors, by PEFT"
-        raise st.bad(where, f"there is no {WEIGHTS}", "no such file", WEIGHTS, cause=cause, fix=fix)
+        raise bad(where, f"there is no {WEIGHTS}", "no such file", WEIGHTS, cause=cause, fix=fix)
     with st.opened(path / WEIGHTS, where) as fd:
         header = st.read_header(fd, where)
         for key, entry in header.entries.items():
             if 0 in entry.shape:
-                raise st.bad(where, f"tensor {key!r} is empty", entry.shape, "at least one number")
+                raise bad(where, f"tensor {key!r} is empty", entry.shape, "at least one number")
             if entry.dtype not in st.DTYPES:
-                raise st.bad(
-                    where, f"tensor {key!r} has a dtype that no adapter has", entry.dtype, ", ".join(st.DTYPES)
-                )
+                raise bad(where, f"tensor {key!r} has a dtype that no adapter has", entry.dtype, ", ".join(st.DTYPES))
         tensors = {key: array for key, (array, _) in st.read_tensors(fd, header, where).items()}
     pairs, heads = _pairs(tensors, config, where)
     layers = {}
@@ -132,35 +127,33 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
         with st.opened(path / CONFIG, where) as fd:
             size = os.fstat(fd).st_size
             if size > LARGEST_CONFIG:
-                raise st.bad(where, f"{CONFIG} is too large", size, f"at most {LARGEST_CONFIG}")
+                raise bad(where, f"{CONFIG} is too large", size, f"at most {LARGEST_CONFIG}")
             config = st.parse_json(st.read_exactly(fd, size, 0, where), where)
     except (FileNotFoundError, NotADirectoryError):
         cause, fix = "another folder, or a path misspelt", "pass the folder that save_pretrained() wrote"
-        raise st.bad(where, "this is no PEFT folder", f"no {CONFIG}", CONFIG, cause=cause, fix=fix) from None
+        raise bad(where, "this is no PEFT folder", f"no {CONFIG}", CONFIG, cause=cause, fix=fix) from None
     if not isinstance(config, dict):
-        raise st.bad(where, f"{CONFIG} is no JSON object", type(config).__name__, "an object")
+        raise bad(where, f"{CONFIG} is no JSON object", type(config).__name__, "an object")
     return config
 
 
 def _refuse_config(config: dict[str, Any], where: str) -> None:
     cause, fix = "an adapter of another kind", "merge it with PEFT, and attach a fresh adapter to the merged model"
     if config.get("peft_type") != "LORA":
-        raise st.bad(where, "this is no LoRA", repr(config.get("peft_type"))[:80], "'LORA'", cause=cause, fix=fix)
+        raise bad(where, "this is no LoRA", repr(config.get("peft_type"))[:80], "'LORA'", cause=cause, fix=fix)
     for key, value in config.items():
         if value and key not in PLAIN and not (key == "init_lora_weights" and value in STARTS):
-            raise st.bad(where, "this is no plain LoRA", f"{key} is set", "A and B alone", cause=cause, fix=fix)
+            raise bad(where, "this is no plain LoRA", f"{key} is set", "A and B alone", cause=cause, fix=fix)
     if config.get("bias", "none") != "none":
-        raise st.bad(where, "biases were trained, too", repr(config["bias"])[:80], "'none'", cause=cause, fix=fix)
+        raise bad(where, "biases were trained, too", repr(config["bias"])[:80], "'none'", cause=cause, fix=fix)
     for key in ("rank_pattern", "alpha_pattern"):
         value = config.get(key) or {}
         if not isinstance(value, dict):
-            raise st.bad(where, f"{key} is no object", type(value).__name__, "an object")
+            raise bad(where, f"{key} is no object", type(value).__name__, "an object")
         strange = [p for p in value if not PATTERN.fullmatch(p) or len(p) > 512 or p.count("*") > 1]
         if strange:
             fix = "load and save it with PEFT after writing the pattern as a name"
-            raise st.bad(
-                where, f"a pattern in {key} is more than a name", repr(strange[0])[:80], "names and .*", fix=fix
-            )
+            raise bad(where, f"a pattern in {key} is more than a name", repr(strange[0])[:80], "names and .*", fix=fix)
 
 
 def _pairs(
@@ -175,33 +168,31 @@ def _pairs(
         if match:
             half = halves.setdefault((match[1], "embedding" if match[2] else "linear"), {})
             if match[3] in half or len(match[1]) > LONGEST_NAME:
-                raise st.bad(
-                    where, f"tensor {key[:200]!r} is there twice", "two names of one, or an endless one", "one"
-                )
+                raise bad(where, f"tensor {key[:200]!r} is there twice", "two names of one, or an endless one", "one")
             half[match[3]] = array
             continue
         module, _, leaf = name.rpartition(".")
         saved = config.get("modules_to_save")
         listed = isinstance(saved, list) and any(module == m or module.endswith(f".{m}") for m in saved)
         if leaf not in ("weight", "bias") or not listed:
-            raise st.bad(where, f"tensor {key!r} is no part of a LoRA", "another name", "lora_A, lora_B")
+            raise bad(where, f"tensor {key!r} is no part of a LoRA", "another name", "lora_A, lora_B")
         rest.setdefault(module, {})[leaf] = array
     out: dict[str, tuple[str, Array, Array]] = {}
     for (module, kind), half in halves.items():
         if set(half) != {"A", "B"} or module in out or module in rest:
-            raise st.bad(where, f"module {module!r} has half a LoRA, or two", ", ".join(sorted(half)), "A and B")
+            raise bad(where, f"module {module!r} has half a LoRA, or two", ", ".join(sorted(half)), "A and B")
         first, second = half["A"], half["B"]
         plain = first.ndim == 2 and second.ndim == 2
         conv = kind == "linear" and 3 <= first.ndim <= 5 and second.ndim == first.ndim and set(second.shape[2:]) == {1}
         if not (plain or conv) or second.shape[1] != first.shape[0] or 0 in (*first.shape, *second.shape):
             got = f"lora_A {first.shape}, lora_B {second.shape}"
-            raise st.bad(where, f"the shapes of {module!r} do not chain", got, "(r, d_in) and (d_out, r)")
+            raise bad(where, f"the shapes of {module!r} do not chain", got, "(r, d_in) and (d_out, r)")
         out[module] = ("conv" if conv else kind, first, second)
     heads: dict[str, tuple[Array, Array | None]] = {}
     for module, leaves in rest.items():
         weight, bias = leaves.get("weight"), leaves.get("bias")
         if weight is None or weight.ndim != 2 or (bias is not None and bias.shape != weight.shape[:1]):
-            raise st.bad(
+            raise bad(
                 where, f"module {module!r} was saved whole and is no linear layer", "other shapes", "a classifier"
             )
         heads[module] = (weight, bias)
@@ -216,7 +207,7 @@ def _scale(module: str, r: int, config: dict[str, Any], where: str) -> float:
             alpha = value
             break
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not abs(alpha) < 2.0**100:
-        raise st.bad(where, "lora_alpha is no number", type(alpha).__name__, "a number")
+        raise bad(where, "lora_alpha is no number", type(alpha).__name__, "a number")
     return float(alpha) / (math.sqrt(r) if config.get("use_rslora") else r)
 
 

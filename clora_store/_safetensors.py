@@ -12,7 +12,7 @@ import math
 import os
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from clora_core.errors import FormatError, message
+from ._errors import bad
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -58,14 +58,6 @@ class Header(NamedTuple):
     metadata: dict[str, str]
     size: int  # bytes before the data
     total: int  # bytes of the whole file
-
-
-def bad(where: str, what: str, got: object, needed: object, *, cause: str = "", fix: str = "") -> FormatError:
-    """A FormatError with the usual cause and fix."""
-    cause = cause or "a copy or download that was cut off, or a damaged disk"
-    fix = fix or "copy or download the file again, or take it from a backup"
-    text = message(where, what, got=got, needed=needed, cause=cause, fix=fix)
-    return FormatError(text.encode("utf-8", "backslashreplace").decode())  # names may hold what can't be printed
 
 
 def parse_json(text: bytes, where: str) -> Any:
@@ -208,7 +200,7 @@ def write_some(fd: int, view: memoryview, offset: int) -> int:
 
 def as_bytes(array: np.ndarray[Any, Any]) -> memoryview:
     """The bytes of a contiguous array, without a copy."""
-    return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    return array.reshape(-1).view(np.uint8).data
 
 
 def check_finite(name: str, array: np.ndarray[Any, Any], where: str) -> None:
@@ -230,10 +222,7 @@ def hashes(tensors: dict[str, np.ndarray[Any, Any]], where: str) -> dict[str, st
         check_finite(name, tensors[name], where)
         return sha256(tensors[name])
 
-    if sum(array.nbytes for array in tensors.values()) < SMALL:
-        return {name: one(name) for name in tensors}
-    with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip(tensors, pool.map(one, tensors), strict=True))
+    return _each(one, tensors, sum(array.nbytes for array in tensors.values()))
 
 
 def read_tensors(fd: int, header: Header, where: str) -> dict[str, tuple[np.ndarray[Any, Any], str]]:
@@ -242,9 +231,10 @@ def read_tensors(fd: int, header: Header, where: str) -> dict[str, tuple[np.ndar
     They share one piece of memory: to take a large one costs half of what many small ones cost.
     """
     memory = np.empty(header.total - header.size, np.uint8)
-    view = memoryview(memory)  # type: ignore[arg-type]
+    view = memory.data
 
-    def read(entry: Entry) -> tuple[np.ndarray[Any, Any], str]:
+    def read(name: str) -> tuple[np.ndarray[Any, Any], str]:
+        entry = header.entries[name]
         start, stop, dtype = entry.start - header.size, entry.stop - header.size, DTYPES[entry.dtype]
         digest = hashlib.sha256()
         read_into(fd, view[start:stop], entry.start, where, digest)
@@ -252,10 +242,23 @@ def read_tensors(fd: int, header: Header, where: str) -> dict[str, tuple[np.ndar
         array = (part if start % dtype.itemsize == 0 else part.copy()).view(dtype)
         return array.reshape(entry.shape), digest.hexdigest()
 
-    if len(memory) < SMALL:
-        return {name: read(entry) for name, entry in header.entries.items()}
+    return _each(read, header.entries, len(memory))
+
+
+def _each(function: Callable[[str], Any], names: Iterable[str], size: int) -> dict[str, Any]:
+    """name -> function(name); several at a time, where the bytes are worth it."""
+    names = list(names)
+    if size < SMALL:
+        return {name: function(name) for name in names}
     with ThreadPoolExecutor(WORKERS) as pool:
-        return dict(zip(header.entries, pool.map(read, header.entries.values()), strict=True))
+        return dict(zip(names, pool.map(function, names), strict=True))
+
+
+def round_once(array: np.ndarray[Any, Any], dtype: np.dtype[Any]) -> np.ndarray[Any, Any]:
+    """In that dtype and contiguous, by one rounding, half precision through float32. Overflow gives infinity."""
+    with np.errstate(over="ignore"):
+        narrow = array.astype(np.float32) if dtype.itemsize < 4 < array.dtype.itemsize else array
+        return np.ascontiguousarray(narrow.astype(dtype))
 
 
 def dtype_name(dtype: Any) -> str | None:

@@ -11,7 +11,8 @@ import numpy as np
 
 import clora_core as core
 
-from ._safetensors import DTYPES, MOST_AXES, bad, is_size, parse_json
+from ._errors import bad
+from ._safetensors import DTYPES, MOST_AXES, is_size, parse_json
 from ._state import Layer, Snapshot, State, Target
 
 SCHEMA = "clora-adapter/1"

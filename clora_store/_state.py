@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import numpy as np
 
 import clora_core as core
 
-from ._safetensors import DTYPES, bad, check_finite, dtype_name
+from ._errors import bad, option_error
+from ._safetensors import DTYPES, check_finite, dtype_name
 
 Array = np.ndarray[Any, Any]
 KINDS = ("linear", "embedding", "conv", "head")
@@ -52,12 +54,20 @@ class Target(NamedTuple):
         return self.weight.rpartition(".")[0]
 
     @property
+    def whole(self) -> tuple[int, int]:
+        """(d_out, d_in) of the weight."""
+        first, *rest = self.shape
+        return (first, math.prod(rest)) if self.layout == "out,in" else (math.prod(rest), first)
+
+    @property
     def matrix(self) -> tuple[int, int]:
         """(d_out, d_in) of what is adapted."""
-        first, *rest = self.shape
-        others = int(np.prod(rest, dtype=object)) if rest else 1
-        d_out, d_in = (first, others) if self.layout == "out,in" else (others, first)
+        d_out, d_in = self.whole
         return (d_out if self.rows is None else self.rows[1] - self.rows[0]), d_in
+
+    def replaced(self, V: Array) -> dict[str, Array]:
+        """Of a head V: name of a tensor -> what takes its place."""
+        return {self.weight: V} if self.bias is None else {self.weight: V[:, :-1], self.bias: V[:, -1]}
 
 
 class Layer(NamedTuple):
@@ -85,6 +95,13 @@ class Layer(NamedTuple):
     moments: core.Moments | None = None
     observed: Array | None = None
     complete: bool = True
+
+    def factors(self) -> tuple[Array, Array]:
+        """A and B over all directions, the spare ones last."""
+        A, B = self.adapter.A, self.adapter.B
+        if self.spare is None:
+            return A, B
+        return np.concatenate([A, self.spare[0]], axis=1), np.concatenate([B, self.spare[1]], axis=0)
 
     def tensors(self) -> dict[str, Array]:
         """Field -> array, of what there is."""
@@ -152,6 +169,22 @@ class State(NamedTuple):
                     yield f"{name}.{field} of task {task!r}", array
 
 
+def places(state: State, names: Mapping[str, str], where: str) -> dict[str, str]:
+    """Layer -> path of the module that it goes to: by its name or its module's path in ``names``, else that path.
+
+    Raises
+    ------
+    OptionError
+        A name that no layer has.
+    """
+    known = {name: layer.target.module for name, layer in state.layers.items()}
+    strange = [name for name in names if name not in known and name not in known.values()]
+    if strange:
+        near = ", ".join(map(repr, list(known)[:8]))
+        raise option_error(where, "names= names no layer", repr(strange[0]), f"saved layers: {near}", "correct it")
+    return {name: names.get(name, names.get(module, module)) for name, module in known.items()}
+
+
 def check(state: State, where: str, *, finite: bool = True) -> None:
     """Raise FormatError unless everything in a State fits together.
 
@@ -183,6 +216,7 @@ def check(state: State, where: str, *, finite: bool = True) -> None:
         text.encode()
     except (TypeError, ValueError) as error:
         raise no("names, options or provenance are no plain values", str(error), "what JSON can hold") from None
+    _check_options(state.options, where)
     for name, layer in state.layers.items():
         _check_arrays(name, layer, where)
         _check_layer(name, layer, where)
@@ -199,6 +233,18 @@ def check(state: State, where: str, *, finite: bool = True) -> None:
             raise no(f"tensor {name!r} has a dtype that no adapter has", array.dtype, ", ".join(DTYPES))
         if finite:
             check_finite(name, array, where)
+
+
+def _check_options(options: Mapping[str, Any], where: str) -> None:
+    """What a framework goes on with is what its attach would take."""
+    flags = all(type(options.get(key, True)) is bool for key in ("stop_old", "train_routing"))
+    numbers = [options.get("scale", 1.0), options.get("dropout", 0.0)]
+    real = all(isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 2.0**100 for x in numbers)
+    if not (flags and real and 0 <= numbers[1] < 1):
+        got = ", ".join(f"{key}={value!r}"[:80] for key, value in options.items())
+        needed = "train_routing and stop_old true or false, scale a number, 0 <= dropout < 1"
+        cause, fix = "a folder edited by hand", "correct the options in clora.json"
+        raise bad(where, "options that no adapter has", got, needed, cause=cause, fix=fix)
 
 
 def _check_arrays(name: str, layer: Layer, where: str) -> None:
@@ -244,10 +290,8 @@ def _check_layer(name: str, layer: Layer, where: str) -> None:
         raise no("a head has rows of its own", target.rows, "none")
     if layer.kind != "head" and target.bias is not None:
         raise no("a bias, which heads alone have", repr(target.bias), "none")
-    if target.rows is not None:
-        whole = target._replace(rows=None).matrix[0]
-        if not 0 <= target.rows[0] < target.rows[1] <= whole:
-            raise no("rows outside of the weight", target.rows, f"within 0 to {whole}")
+    if target.rows is not None and not 0 <= target.rows[0] < target.rows[1] <= target.whole[0]:
+        raise no("rows outside of the weight", target.rows, f"within 0 to {target.whole[0]}")
     d_out, d_in = target.matrix
     shapes: dict[str, tuple[int, ...]]
     if layer.kind == "head":
@@ -291,10 +335,7 @@ def _check_snapshot(name: str, snapshot: Snapshot, state: State, where: str) -> 
         raise no("factors in a snapshot", "A and B, or none", f"{'A and B' if factors else 'none'}")
     shapes: dict[str, tuple[int, ...]]
     if layer.kind == "head":
-        rows, columns = layer.adapter.R_old.shape
-        if snapshot.R.ndim != 2 or not d_out <= snapshot.R.shape[0] <= rows or snapshot.R.shape[1] != columns:
-            raise no("tensor R has another shape", snapshot.R.shape, f"({d_out} to {rows}, {columns})")
-        shapes = {"R": snapshot.R.shape}
+        shapes = {"R": layer.adapter.R_old.shape}  # classes that came later have rows of zeros
     else:
         r = snapshot.R.shape[0] if snapshot.R.ndim else 0
         most = layer.adapter.R_old.shape[0] + (0 if layer.spare is None else layer.spare[1].shape[0])

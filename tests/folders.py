@@ -69,7 +69,7 @@ def make_state(
 
     def snapshot(layer: store.Layer) -> store.Snapshot:
         if layer.kind == "head":
-            return store.Snapshot(draw(int(rng.integers(3, 5)), 6))
+            return store.Snapshot(draw(4, 6))
         d_out, d_in = layer.target.matrix
         most = layer.adapter.R_old.shape[0] + (0 if layer.spare is None else layer.spare[1].shape[0])
         r = int(rng.integers(1, most + 1))

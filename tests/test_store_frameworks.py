@@ -1,7 +1,9 @@
 """clora_numpy and clora_torch save and load through clora_store, and read each other's folders."""
 
 import copy
+import json
 import sys
+import types
 import warnings
 from pathlib import Path
 
@@ -136,6 +138,18 @@ def same_adapter(one, two):
 
 STEPS = {"numpy": numpy_steps, "torch": torch_steps}
 STATE = {"numpy": numpy_folders.to_state, "torch": torch_store.to_state}
+
+
+@pytest.mark.parametrize(
+    ("name", "base"), [("/srv/models/tiny", "tiny"), ("org/tiny", "org/tiny"), (None, "Sequential")]
+)
+def test_of_a_base_model_on_this_disk_only_the_last_name_is_kept(tmp_path, name, base):
+    model = torch_model()
+    if name is not None:
+        model.config = types.SimpleNamespace(_name_or_path=name)
+    clora_torch.attach(model, rank=2, targets=["0"]).save(tmp_path)
+    assert store.load(tmp_path).provenance["base"] == base
+    assert "srv" not in (tmp_path / "clora.json").read_text()
 
 
 @pytest.mark.parametrize("factors", ["first-task", "every-task", "never"])
@@ -344,7 +358,7 @@ def test_restoring_other_ranks_after_a_load_breaks_nothing(tmp_path, factors):
             assert (abs(outputs("torch", again, x) - outputs("torch", model, x)) == 0).all()
     loaded.restore("a")
     with loaded.task("c"):
-        numpy_steps(network, loaded, 1, observe=not moving, protect=False)
+        numpy_steps(network, loaded, 1, protect=False)  # observed, of which nothing comes where factors move
     loaded.save(tmp_path)
     assert store.load(tmp_path).tasks == ("a", "b", "c")
 
@@ -365,10 +379,32 @@ def test_a_model_that_changes_its_dtype_is_saved(tmp_path):
 )
 def test_options_that_attach_would_refuse_are_refused(tmp_path, options):
     _, adapter = fresh("torch")
-    state = STATE["torch"](adapter)
-    store.save(tmp_path, state._replace(options={**state.options, **options}))
-    with pytest.raises(FormatError, match="options that attach would refuse"):
-        fresh("torch", tmp_path)
+    adapter.save(tmp_path)
+    book = json.loads((tmp_path / "clora.json").read_text(encoding="utf-8"))
+    (tmp_path / "clora.json").write_text(json.dumps({**book, "options": {**book["options"], **options}}))
+    for kind in ("torch", "numpy"):
+        with pytest.raises(FormatError, match="options that no adapter has"):
+            fresh(kind, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_name_that_no_layer_has_is_refused(tmp_path, kind):
+    _, adapter = fresh(kind)
+    adapter.save(tmp_path)
+    package, model = (clora_numpy, numpy_network()) if kind == "numpy" else (clora_torch, torch_model())
+    with pytest.raises(OptionError, match=r"names= names no layer. Got 'nonsense'"):
+        package.load(model, tmp_path, names={"nonsense": "0"})
+
+
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_a_state_by_hand_is_checked(kind):
+    _, adapter = fresh(kind)
+    state = STATE[kind](adapter)
+    layer = state.layers["0"]
+    broken = layer._replace(adapter=layer.adapter._replace(B=layer.adapter.B[:, :3]))
+    package, model = (clora_numpy, numpy_network()) if kind == "numpy" else (clora_torch, torch_model())
+    with pytest.raises(FormatError, match=r"tensor 0.B has another shape"):
+        package.load(model, state._replace(layers={**state.layers, "0": broken}))
 
 
 def test_two_layers_do_not_land_on_one(tmp_path):

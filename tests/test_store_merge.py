@@ -174,7 +174,6 @@ def test_the_merge_is_that_of_the_core(tmp_path_factory, seed, base, adapter, tu
     size = np.linalg.norm(exact - W.astype(np.float64))
     slack = (d_out * d_in + 8) * np.finfo(wide).eps * (1 + np.linalg.norm(W.astype(np.float64)) / max(size, 1e-300))
     assert abs(report.kept - float(expected.kept)) <= slack
-    assert abs(report.unchanged - float(expected.unchanged)) * d_out * d_in <= 1 + 0.1 * d_out * d_in
     assert abs(report.error - float(expected.error)) <= slack
     assert report.bound >= float(expected.bound) * (1 - 2.0**-20)
 
@@ -208,16 +207,29 @@ def test_the_head_of_an_earlier_task_is_merged(tmp_path):
     assert (got["h.bias"] == 2 * V[:, 4]).all()
 
 
+@pytest.mark.parametrize("dtype", ["F16", "BF16"])
+def test_a_head_is_rounded_through_float32(tmp_path, dtype):
+    """Just above a tie of the narrow dtype, by less than float32 sees: converting float64 at once may round up."""
+    tie = 1 + np.asarray([2.0**-8, 3 * 2.0**-8, 2.0**-11, 3 * 2.0**-11])
+    V = np.stack([tie + 2.0**-40, tie - 2.0**-40, tie])
+    head = store.Layer("head", store.Target("h.weight", (3, 4)), core.Adapter(None, V, 0 * V, None))
+    save_file({"h.weight": np.zeros((3, 4), DTYPES[dtype])}, tmp_path / "base.safetensors")
+    store.merge_checkpoint(tmp_path / "base.safetensors", store.State({"h": head}), tmp_path / "out")
+    got = load_file(tmp_path / "out" / "base.safetensors")["h.weight"]
+    assert got.tobytes() == np.stack([tie] * 3).astype(np.float32).astype(DTYPES[dtype]).tobytes()
+    assert len({row.tobytes() for row in got}) == 1
+
+
 def test_the_share_of_unchanged_entries(tmp_path):
-    """Half of a bfloat16 weight moves by a quarter, the other half by far too little."""
+    """One row of a bfloat16 weight moves by a quarter, the other three by far too little."""
     W = np.ones((4, 6), ml_dtypes.bfloat16)
     save_file({"w.weight": W}, tmp_path / "base.safetensors")
-    A = np.asarray([[0.25], [0.25], [2.0**-12], [2.0**-12]], np.float32)
+    A = np.asarray([[0.25], [2.0**-12], [2.0**-12], [2.0**-12]], np.float32)
     one = np.ones((1, 1), np.float32)
     adapter = core.Adapter(A, one, 0 * one, np.ones((1, 6), np.float32))
     state = store.State({"w": layer(store.Target("w.weight", (4, 6)), adapter)})
     report = store.merge_checkpoint(tmp_path / "base.safetensors", state, tmp_path / "out").layers["w"]
-    assert report.unchanged == 0.5
+    assert report.unchanged == 0.75
     assert abs(report.kept - 1.0) <= 2.0**-12
 
 

@@ -82,6 +82,20 @@ def test_a_difference_has_the_rank_it_should(tmp_path, factors):
     assert not any(key.endswith(".bias") for key in tensors)
 
 
+def test_a_task_of_a_higher_rank_has_the_spare_directions_last(tmp_path):
+    """The formula itself, in exact numbers: A and its spare columns, R, B and its spare rows."""
+    rng = np.random.default_rng(12)
+    A, R, B, A_spare, B_spare = (
+        (rng.integers(-8, 9, shape) / 4).astype(np.float32) for shape in ((6, 2), (3, 3), (2, 5), (6, 2), (2, 5))
+    )
+    adapter = core.Adapter(A, R[:2, :2], 0 * R[:2, :2], B)
+    layer = store.Layer("linear", store.Target("q.weight", (6, 5)), adapter, spare=(A_spare, B_spare))
+    state = store.State({"q": layer}, tasks=("a",), snapshots={"a": {"q": store.Snapshot(R)}})
+    store.export_peft(state, tmp_path, task="a")
+    exact = np.hstack([A, A_spare[:, :1]]) @ R @ np.vstack([B, B_spare[:1]])
+    assert (exported(tmp_path)[0]["q"] == exact).all()
+
+
 def test_a_lower_rank_states_its_error(tmp_path):
     state = make_state(2, layers=3, head=False)
     told = store.export_peft(state, tmp_path, rank=1)

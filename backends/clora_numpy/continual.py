@@ -178,9 +178,8 @@ class ContinualAdapter:
         self._spare: dict[str, tuple[Array, Array]] = {}
         self._blind: list[str] = []
         self._targets: dict[str, Any] = {}
-        # Also from a folder, not used here but by other libraries: options, provenance, directions.
+        # Also from a folder, not used here but by other libraries: options and provenance.
         self._kept: tuple[dict[str, Any], dict[str, str]] = ({}, {})
-        self._kept_spare: dict[str, tuple[Array, Array]] = {}
         self._resumed: str | None = None
         self._saved: dict[str, str] = {}  # folder -> digest of what was last saved there, or loaded
         self._spans: dict[tuple[str, float], Array] = {}
@@ -272,7 +271,8 @@ class ContinualAdapter:
                     )
         for name, layer in self.layers.items():
             layer.adapter, layer.gradients = core.end_task(layer.adapter), {}
-            if self._observed is not None:  # folded first: the memory holds the sum as rounded
+            # Folded first: the memory holds the sum as rounded. Where factors go on learning it would be stale.
+            if self._observed is not None and self.factors != "every-task":
                 self._moments[name] = core.record(self._moments[name], _wide(self._whole(name)), self._observed[name])
         if self._observed is None:
             self._unobserved.append(self._open)

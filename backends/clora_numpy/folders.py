@@ -12,7 +12,7 @@ from array_api_compat import array_namespace, device
 
 import clora_core as core
 import clora_store as store
-from clora_core.errors import FormatError, OptionError, ShapeError, StateError, message
+from clora_core.errors import OptionError, ShapeError, StateError, message
 
 from .continual import ContinualAdapter, _like
 from .layers import Head, Layer, Network
@@ -68,42 +68,36 @@ def load(
     """
     network = network if isinstance(network, Network) else Network(network)
     state = folder if isinstance(folder, store.State) else store.load(folder, finite=finite)
-    store.check(state, "clora_numpy.load", finite=finite)
-    stop_old = state.options.get("stop_old", True)
-    if type(stop_old) is not bool:
-        needed, fix = "True or False", "correct the options in clora.json"
-        text = message("clora_numpy.load", "stop_old", got=repr(stop_old), needed=needed, cause="an edit", fix=fix)
-        raise FormatError(text)
-    wanted = [(names or {}).get(name, name) for name in state.layers]
-    if len(set(wanted)) < len(wanted):
-        got, fix = ", ".join(map(repr, wanted)), "give every saved layer a name of its own"
+    if state is folder:
+        store.check(state, "clora_numpy.load", finite=finite)
+    options = {"stop_old": True, "train_routing": True, **state.options}
+    places = store.places(state, names or {}, "clora_numpy.load")
+    if len(set(places.values())) < len(places):
+        got, fix = ", ".join(map(repr, places.values())), "give every saved layer a name of its own"
         raise OptionError(
             message("clora_numpy.load", "two layers on one", got=got, needed="one each", cause="wrong names", fix=fix)
         )
-    places = {name: _place(name, layer, names or {}, network) for name, layer in state.layers.items()}
-    modules = {name: network.modules[place] for name, place in places.items()}
+    modules = {name: _module(name, layer, places[name], network) for name, layer in state.layers.items()}
     arrays = {name: _Border(module) for name, module in modules.items()}
     for name, module in modules.items():
         module.adapter = core.Adapter(*map(arrays[name].fast, state.layers[name].adapter))
         if isinstance(module, Layer):
-            module.stop_old = stop_old
+            module.stop_old = options["stop_old"]
         else:
             missing = module.adapter.R_old.shape[0] - module._start.shape[0]  # classes that came later have logit 0
             xp = array_namespace(module._start)
             rows = xp.zeros((missing, module._start.shape[1]), dtype=module._start.dtype, device=device(module._start))
             module._start = xp.concat([module._start, rows], axis=0)
     layers = {places[name]: module for name, module in modules.items()}
-    adapter = ContinualAdapter(network, layers, state.factors, bool(state.options.get("train_routing", True)))
+    adapter = ContinualAdapter(network, layers, state.factors, options["train_routing"])
     for name, layer in state.layers.items():
         here, border = places[name], arrays[name]
-        if layer.spare is not None and state.factors != "every-task":
+        if layer.spare is not None and state.factors != "every-task":  # there no memory depends on them
             adapter._spare[here] = border.fast(layer.spare[0]), border.fast(layer.spare[1])
             adapter._moments[here] = core.empty_moments(adapter._whole(here))
         if layer.moments is not None:
             adapter._moments[here] = core.Moments(*map(border.wide, layer.moments))
         adapter._targets[here] = layer.kind, layer.target
-        if state.factors == "every-task" and layer.spare is not None:
-            adapter._kept_spare[here] = layer.spare
     adapter._blind = [places[name] for name, layer in state.layers.items() if not layer.complete]
     adapter.tasks, adapter._unobserved = list(state.tasks), list(state.unobserved)
     wholes = {name: adapter._whole(places[name]) for name in state.layers}  # shared by all snapshots
@@ -141,7 +135,7 @@ def to_state(adapter: ContinualAdapter) -> store.State:
     layers = {}
     for name, layer in adapter.layers.items():
         kind, target = adapter._targets.get(name) or _target(name, layer)
-        spare = adapter._spare.get(name) or _kept_spare(adapter, name)
+        spare = adapter._spare.get(name)
         layers[name] = store.Layer(
             kind=kind,
             target=target,
@@ -179,22 +173,12 @@ def _snapshot(snapshot: store.Snapshot, whole: core.Adapter, border: _Border) ->
     """The adapter of a snapshot; factors that stay are views of one array."""
     R = border.fast(snapshot.R)
     zero = border.xp.zeros_like(R)
-    if whole.A is None:  # classes that came later have logit 0
-        more = border.xp.zeros((whole.R_old.shape[0] - R.shape[0], R.shape[1]), dtype=R.dtype, device=device(R))
-        R = border.xp.concat([R, more], axis=0)
-        return core.Adapter(None, R, border.xp.zeros_like(R), None)
+    if whole.A is None:
+        return core.Adapter(None, R, zero, None)
     if snapshot.A is not None:
         return core.Adapter(border.fast(snapshot.A), R, zero, border.fast(snapshot.B))
     r = R.shape[0]
     return core.Adapter(whole.A[:, :r], R, zero, whole.B[:r, :])
-
-
-def _kept_spare(adapter: ContinualAdapter, name: str) -> tuple[Array, Array] | None:
-    """Spare directions where factors learn in every task: not used here, and kept for who can, at the rank they fit."""
-    spare, rank = adapter._kept_spare.get(name), adapter.layers[name].adapter.R_old.shape[-1]
-    if spare is None or rank + spare[1].shape[0] > min(spare[0].shape[0], spare[1].shape[1]):
-        return None
-    return spare
 
 
 class _Border:
@@ -232,14 +216,13 @@ def _target(name: str, layer: Layer | Head) -> tuple[str, store.Target]:
     return "head", store.Target(f"{name}.weight", (classes, columns - 1), bias=f"{name}.bias")
 
 
-def _place(name: str, layer: store.Layer, names: Mapping[str, str], network: Network) -> str:
+def _module(name: str, layer: store.Layer, here: str, network: Network) -> Any:
     """The module of the network that a saved layer belongs to, checked."""
 
     def no(kind: type[Exception], what: str, got: str, needed: str, fix: str) -> Exception:
         cause = "another network, or another version of it"
         return kind(message("clora_numpy.load", what, got=got, needed=needed, cause=cause, fix=fix))
 
-    here = names.get(name, name)
     own = {n: m for n, m in network.modules.items() if isinstance(m, Head if layer.kind == "head" else Layer)}
     if here not in own:
         near = ", ".join(map(repr, difflib.get_close_matches(here, own, n=3) or list(own)[:5])) or "none"
@@ -259,4 +242,4 @@ def _place(name: str, layer: store.Layer, names: Mapping[str, str], network: Net
         needed = (needed[0], needed[1] + 1)
     if got != needed:
         raise no(ShapeError, f"layer {name!r} has another size here", str(got), str(needed), "load it onto its network")
-    return here
+    return module

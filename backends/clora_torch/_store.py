@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 
 import clora_core as core
 import clora_store as store
-from clora_core.errors import FormatError, OptionError, ShapeError, message
+from clora_core.errors import OptionError, ShapeError, message
 
 from . import _state
 from ._distributed import is_split
@@ -91,12 +91,15 @@ def load(
     from ._attach import install, refuse_layer, refuse_second  # attach makes what has a method that saves
 
     state = folder if isinstance(folder, store.State) else store.load(folder, finite=finite)
-    store.check(state, "clora_torch.load", finite=finite)
+    if state is folder:
+        store.check(state, "clora_torch.load", finite=finite)
     modules = dict(model.named_modules())
     refuse_second(modules)
-    places = {name: _place(name, layer, names or {}, modules) for name, layer in state.layers.items()}
+    paths = store.places(state, names or {}, "clora_torch.load")
+    places = {name: _place(name, layer, paths[name], modules) for name, layer in state.layers.items()}
     _check_places(places)
-    train_routing, scale, stop_old, dropout = _options(state.options)
+    options = {"stop_old": True, "train_routing": True, "dropout": 0.0, "scale": 1.0, **state.options}
+    spares = _spares(state)
     heads = [target.name for name, target in places.items() if state.layers[name].kind == "head"]
     for target in places.values():
         refuse_layer(target.name, modules, head=target.name in heads)
@@ -107,10 +110,11 @@ def load(
         if target.name not in heads:
             like = _like(modules[target.name])
             adapter = core.Adapter(*(_tensor(array, **like) for array in state.layers[name].adapter))
+            stop_old, dropout = options["stop_old"], float(options["dropout"])
             parts[target] = LayerAdapter(adapter, rows=target.rows, stop_old=stop_old, dropout=dropout)
-            _spare(parts[target], _spare_of(state, name), like)
-    adapter = install(model, parts, heads, state.factors, train_routing, scale)
-    _state.load(adapter, _as_dict(state, places, adapter))
+            _make_room(parts[target], spares[name], like)
+    adapter = install(model, parts, heads, state.factors, options["train_routing"], float(options["scale"]))
+    _state.load(adapter, _as_dict(state, spares, places, adapter))
     if not isinstance(folder, store.State) and state.digest is not None:
         adapter._saved[os.path.realpath(folder)] = state.digest
     return adapter
@@ -157,9 +161,9 @@ def to_state(adapter: ContinualAdapter) -> store.State:
         },
         options={
             "stop_old": adapted.stop_old,
-            "dropout": adapted.dropout,
+            "dropout": float(adapted.dropout),
             "train_routing": adapter.train_routing,
-            "scale": adapter.scale,
+            "scale": float(adapter.scale),
         },
         provenance={"framework": f"torch {torch.__version__}", "base": base},
     )
@@ -183,10 +187,8 @@ def _target(
     )
 
 
-def _place(name: str, layer: store.Layer, names: Mapping[str, str], modules: Mapping[str, nn.Module]) -> Target:
+def _place(name: str, layer: store.Layer, module: str, modules: Mapping[str, nn.Module]) -> Target:
     """Where in the model a saved layer belongs."""
-    saved = layer.target.module
-    module = names.get(saved, saved)
     if module not in modules:
         near = [n for n in modules if n.endswith(f".{module}")] or difflib.get_close_matches(module, modules, n=3)
         raise OptionError(
@@ -203,7 +205,7 @@ def _place(name: str, layer: store.Layer, names: Mapping[str, str], modules: Map
 
 
 def _check_shape(name: str, layer: store.Layer, target: Target, module: Any) -> None:
-    got, needed = tuple(sizes(module)), layer.target._replace(rows=None).matrix
+    got, needed = tuple(sizes(module)), layer.target.whole
     bias = layer.kind == "head" and (module.bias is None) != (layer.target.bias is None)
     if got != needed or bias:
         raise ShapeError(
@@ -235,39 +237,21 @@ def _check_places(places: Mapping[str, Target]) -> None:
             )
 
 
-def _options(options: Mapping[str, Any]) -> tuple[bool, float, bool, float]:
-    """What `attach` was told, from a folder, which may say anything."""
-    train_routing, stop_old = options.get("train_routing", True), options.get("stop_old", True)
-    scale, dropout = options.get("scale", 1.0), options.get("dropout", 0.0)
-    numbers = all(
-        isinstance(x, int | float) and not isinstance(x, bool) and abs(x) < 2.0**100 for x in (scale, dropout)
-    )
-    if not (type(train_routing) is type(stop_old) is bool and numbers and 0 <= dropout < 1):
-        raise FormatError(
-            message(
-                "clora_torch.load",
-                "options that attach would refuse",
-                got=", ".join(f"{key}={value!r}"[:80] for key, value in options.items()),
-                needed="train_routing and stop_old True or False, scale a number, 0 <= dropout < 1",
-                cause="a folder edited by hand",
-                fix="correct the options in clora.json",
-            )
-        )
-    return train_routing, float(scale), stop_old, float(dropout)
-
-
-def _spare_of(state: store.State, name: str) -> tuple[Any, Any] | None:
+def _spares(state: store.State) -> dict[str, tuple[Any, Any] | None]:
     """Spare directions; of factors that learn in every task, as many as `restore` needs for the highest rank."""
-    layer = state.layers[name]
-    snapshots = [s[name] for s in state.snapshots.values()] if state.factors == "every-task" else []
-    most = max(snapshots, key=lambda s: s.R.shape[0], default=None)
-    r = layer.adapter.R_old.shape[0]
-    if most is None or most.A is None or most.B is None or most.R.shape[0] <= r:
-        return layer.spare
-    return most.A[:, r:], most.B[r:]
+    out = {name: layer.spare for name, layer in state.layers.items()}
+    if state.factors != "every-task":
+        return out
+    ranks = {name: layer.adapter.R_old.shape[0] for name, layer in state.layers.items()}
+    most = dict(ranks)
+    for snapshots in state.snapshots.values():
+        for name, (R, A, B) in snapshots.items():
+            if A is not None and B is not None and R.shape[0] > most[name]:
+                most[name], out[name] = R.shape[0], (A[:, ranks[name] :], B[ranks[name] :])
+    return out
 
 
-def _spare(part: LayerAdapter, spare: tuple[Any, Any] | None, like: dict[str, Any]) -> None:
+def _make_room(part: LayerAdapter, spare: tuple[Any, Any] | None, like: dict[str, Any]) -> None:
     """Room for the memory of all directions, before it is loaded."""
     if spare is not None:
         part.A_spare, part.B_spare = (_tensor(array, **like) for array in spare)
@@ -275,20 +259,24 @@ def _spare(part: LayerAdapter, spare: tuple[Any, Any] | None, like: dict[str, An
         part.S, part.P = part.S.new_zeros(r, r), part.P.new_zeros(r, r)
 
 
-def _as_dict(state: store.State, places: Mapping[str, Target], adapter: ContinualAdapter) -> dict[str, Any]:
+def _as_dict(
+    state: store.State,
+    spares: Mapping[str, tuple[Any, Any] | None],
+    places: Mapping[str, Target],
+    adapter: ContinualAdapter,
+) -> dict[str, Any]:
     """As `ContinualAdapter.state_dict` gives it, by the names of this model."""
     here = {name: str(target) for name, target in places.items()}
     layers: dict[str, dict[str, Tensor]] = {}
     for name, layer in state.layers.items():
         part = adapter.layers[here[name]]
         kind = {field: getattr(part, field) for field in ("R_delta", "S", "P", "q")}
-        arrays = {f: a for f, a in layer._replace(spare=_spare_of(state, name)).tensors().items() if f != "C"}
+        arrays = {f: a for f, a in layer._replace(spare=spares[name]).tensors().items() if f != "C"}
         layers[here[name]] = {
             field: _tensor(array, like=kind.get(field, part.R_delta)) for field, array in arrays.items()
         }
         if layer.moments is None:
             layers[here[name]] |= {field: torch.zeros_like(kind[field]) for field in ("S", "P", "q")}
-    heads = {n: layer.adapter.R_old.shape[0] for n, layer in state.layers.items() if layer.kind == "head"}
     observed = {here[n]: layer.observed for n, layer in state.layers.items() if layer.observed is not None}
     whole = len(observed) == len(state.layers)
     return {
@@ -303,9 +291,7 @@ def _as_dict(state: store.State, places: Mapping[str, Target], adapter: Continua
         "no_snapshots": len(state.tasks) - len(state.snapshots),
         "snapshots": {
             task: {
-                here[n]: {
-                    f: _tensor(a, like=adapter.layers[here[n]].R_delta) for f, a in _fields(s, heads.get(n)).items()
-                }
+                here[n]: {f: _tensor(a, like=adapter.layers[here[n]].R_delta) for f, a in _fields(s).items()}
                 for n, s in snapshots.items()
             }
             for task, snapshots in state.snapshots.items()
@@ -313,11 +299,10 @@ def _as_dict(state: store.State, places: Mapping[str, Target], adapter: Continua
     }
 
 
-def _fields(snapshot: store.Snapshot, rows: int | None) -> dict[str, Any]:
-    """As torch names them; a head's with zeros for the classes that came later."""
+def _fields(snapshot: store.Snapshot) -> dict[str, Any]:
+    """As torch names them."""
     fields = snapshot.tensors()
-    R = fields.pop("R")
-    return {"R_old": R if rows is None else np.pad(R, ((0, rows - R.shape[0]), (0, 0))), **fields}
+    return {"R_old": fields.pop("R"), **fields}
 
 
 def _like(module: Any) -> dict[str, Any]:
