@@ -1,5 +1,6 @@
 """Merging checkpoints in a stream: the right bits, the rest untouched; interrupted and gone on with; refused."""
 
+import contextlib
 import json
 import os
 import signal
@@ -159,13 +160,18 @@ def test_the_merge_is_that_of_the_core(tmp_path_factory, seed, base, adapter, tu
     save_file({"w.weight": np.ascontiguousarray(W.T) if turned else W}, folder / "base.safetensors")
     target = store.Target("w.weight", W.T.shape if turned else W.shape, "in,out" if turned else "out,in")
     state = store.State({"w": layer(target, given_adapter)})
+    exact = W.astype(np.float64) + core.delta(core.Adapter(*(array.astype(np.float64) for array in given_adapter)))
+    if base == "F16" and abs(exact).max() > 2.0**15:  # within 2 of the largest: what overflows is refused
+        with contextlib.suppress(InvalidValueError):
+            store.merge_checkpoint(folder / "base.safetensors", state, folder / "out")
+            assert abs(exact).max() < 2.0**16
+        return
     report = store.merge_checkpoint(folder / "base.safetensors", state, folder / "out").layers["w"]
     got = load_file(folder / "out" / "base.safetensors")["w.weight"]
     got = got.T if turned else got
     wide = np.float64 if np.float64 in (DTYPES[base], adapter) else np.float32
     inputs = core.Adapter(*(array.astype(wide) for array in given_adapter))
     limit = core.bounds.merge(W.astype(wide), inputs, dtype=DTYPES[base])
-    exact = W.astype(np.float64) + core.delta(core.Adapter(*(array.astype(np.float64) for array in given_adapter)))
     error = abs(got.astype(np.float64) - exact)
     # `exact` itself is rounded in float64; where the merge is, too, both are within the bound of the truth.
     assert (error <= limit * (2 if wide is np.float64 else 1 + 2.0**-20)).all()
