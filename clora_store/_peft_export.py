@@ -23,7 +23,7 @@ from ._errors import option_error
 from ._folder import replace, sync
 from ._functions import Update, adapter_at, difference
 from ._peft_import import CONFIG, PREFIX, WEIGHTS, read_config
-from ._state import Array, Layer, State, check
+from ._state import Array, Layer, State, Target, check
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
 
@@ -135,9 +135,15 @@ def export_peft(
     for module, update in updates.items():
         tensors |= _lora(module, targets[module], update, common)
     for module, head in whole.items():
-        tensors |= targets[module].target.replaced(head)
+        target = Target(
+            f"{module}.weight", head.shape, bias=targets[module].target.bias and f"{module}.bias"
+        )  # as in torch
+        tensors |= target.replaced(head)
     written = {PREFIX + key: st.round_once(array, st.DTYPES[narrow[dtype]]) for key, array in tensors.items()}
-    in_out = any(targets[m].kind == "linear" and targets[m].target.layout == "in,out" for m in updates)
+    stored = [targets[module] for module in updates]
+    in_out = any(
+        x.kind == "linear" and x.target.layout == "in,out" and x.target.weight.endswith(".weight") for x in stored
+    )
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -225,7 +231,7 @@ def _updates(
             if heads and since is None:
                 whole[layer.target.module] = core.routing(adapter_at(state, name, task))
             continue
-        if not layer.target.weight.endswith(".weight"):
+        if not layer.target.weight.endswith((".weight", ".kernel")):  # torch's name, and flax's
             raise option_error(
                 where,
                 f"PEFT has no LoRA for {layer.target.weight!r} that others read",

@@ -66,8 +66,10 @@ class Target(NamedTuple):
         return (d_out if self.rows is None else self.rows[1] - self.rows[0]), d_in
 
     def replaced(self, V: Array) -> dict[str, Array]:
-        """Of a head V: name of a tensor -> what takes its place."""
-        return {self.weight: V} if self.bias is None else {self.weight: V[:, :-1], self.bias: V[:, -1]}
+        """Of a head V: name of a tensor -> what takes its place, in the layout of the weight."""
+        W = V if self.bias is None else V[:, :-1]
+        weight = {self.weight: W if self.layout == "out,in" else W.T}
+        return weight if self.bias is None else {**weight, self.bias: V[:, -1]}
 
 
 class Layer(NamedTuple):
@@ -281,7 +283,7 @@ def _check_layer(name: str, layer: Layer, where: str) -> None:
         raise no("unknown kind", repr(layer.kind), " or ".join(KINDS))
     if target.layout not in LAYOUTS or not target.shape or 0 in target.shape:
         raise no("no layout of a weight", f"{target.layout!r} {target.shape}", " or ".join(map(repr, LAYOUTS)))
-    axes, layout = {"linear": (2, target.layout), "embedding": (2, "in,out"), "head": (2, "out,in")}.get(
+    axes, layout = {"linear": (2, target.layout), "embedding": (2, "in,out"), "head": (2, target.layout)}.get(
         layer.kind, (len(target.shape), "out,in")
     )
     if len(target.shape) != axes or target.layout != layout or (layer.kind == "conv" and axes < 3):

@@ -202,15 +202,22 @@ def test_the_function_of_an_earlier_task_is_merged(tmp_path):
         assert (abs(got - exact) <= core.bounds.delta(adapter) + 2.0**-24 * abs(exact)).all()
 
 
-def test_the_head_of_an_earlier_task_is_merged(tmp_path):
-    V = np.arange(15, dtype=np.float32).reshape(3, 5)
-    head = store.Layer("head", store.Target("h.weight", (3, 4), bias="h.bias"), core.Adapter(None, V, 0 * V, None))
-    state = store.State({"h": head}, tasks=("a",), snapshots={"a": {"h": store.Snapshot(2 * V)}})
-    save_file({"h.weight": V[:, :4].copy(), "h.bias": V[:, 4].copy()}, tmp_path / "base.safetensors")
-    store.merge_checkpoint(tmp_path / "base.safetensors", state, tmp_path / "then", task="a")
-    got = load_file(tmp_path / "then" / "base.safetensors")
-    assert (got["h.weight"] == 2 * V[:, :4]).all()
-    assert (got["h.bias"] == 2 * V[:, 4]).all()
+@pytest.mark.parametrize("layout", ["out,in", "in,out"])
+def test_the_head_of_an_earlier_task_is_merged(tmp_path, layout):
+    """In the layout of the checkpoint, a square one too."""
+    for d_in in (4, 3):
+        V = np.arange(3 * (d_in + 1), dtype=np.float32).reshape(3, d_in + 1)
+        W = V[:, :-1] if layout == "out,in" else V[:, :-1].T
+        target = store.Target("h.weight", W.shape, layout, bias="h.bias")
+        head = store.Layer("head", target, core.Adapter(None, V, 0 * V, None))
+        state = store.State({"h": head}, tasks=("a",), snapshots={"a": {"h": store.Snapshot(2 * V)}})
+        save_file({"h.weight": W.copy(), "h.bias": V[:, -1].copy()}, tmp_path / "base.safetensors")
+        store.save(tmp_path / f"folder-{d_in}", state)
+        loaded = store.load(tmp_path / f"folder-{d_in}")
+        store.merge_checkpoint(tmp_path / "base.safetensors", loaded, tmp_path / f"then-{d_in}", task="a")
+        got = load_file(tmp_path / f"then-{d_in}" / "base.safetensors")
+        assert (got["h.weight"] == 2 * W).all()
+        assert (got["h.bias"] == 2 * V[:, -1]).all()
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
