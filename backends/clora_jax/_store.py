@@ -1,0 +1,252 @@
+"""Adapters to and from the folders of clora_store, which knows NumPy arrays alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import clora_core as core
+import clora_store as store
+from clora_core.errors import ShapeError, message
+
+from ._attach import NAMES, _put, place, shardings
+from ._errors import option_error
+from ._layer import Info, Layer, Tree, flatten, layers
+from ._tasks import History
+
+
+def save(
+    folder: str | os.PathLike[str], adapters: Tree, history: History | None = None, *, overwrite: bool = False
+) -> History:
+    """Write all of the adapters into a folder that every framework of clora reads; atomically, see `clora_store.save`.
+
+    Parameters
+    ----------
+    folder : path
+        Made where it does not exist. Saving to it again replaces what is there in one step.
+    adapters : pytree of Layer
+        In the present: not `restore`\\ d, not `rows`.
+    history : History, optional
+        Without it earlier tasks can't be restored by who loads the folder.
+    overwrite : bool
+        Replace the adapter of another run.
+
+    Returns
+    -------
+    History
+        To go on with: it knows what was saved where, so that the next save may replace it.
+    """
+    history = history or History()
+    path = os.path.realpath(folder)
+    state = to_state(adapters, history)._replace(digest=dict(history.digest).get(path))
+    return _note(history, path, store.save(folder, state, overwrite=overwrite))
+
+
+def export_peft(
+    folder: str | os.PathLike[str], adapters: Tree, history: History | None = None, **options: Any
+) -> store.Exported:
+    """Write the present function, or that of ``task=``, as a PEFT LoRA folder; see `clora_store.export_peft`."""
+    return store.export_peft(to_state(adapters, history or History()), folder, **options)
+
+
+def load(
+    folder: str | os.PathLike[str] | store.State,
+    params: Tree,
+    *,
+    finite: bool = True,
+    names: Mapping[str, str] | None = None,
+    layout: str | None = None,
+) -> tuple[dict[str, Layer], History]:
+    """Adapters from a folder that any framework of clora wrote, for these params.
+
+    Parameters
+    ----------
+    folder : path or clora_store.State
+    params : pytree
+        The base model it was trained on; only shapes, dtypes and shardings are read.
+    finite : bool
+        Refuse NaN and infinity.
+    names : mapping of str to str, optional
+        Paths of the saved modules -> paths in this tree, where these differ.
+    layout : {"in,out", "out,in"}, optional
+        As in `attach`.
+
+    Returns
+    -------
+    adapters, history
+        A task that is open in the folder (``history.open``) goes on: train without `begin_task`, observe, `end_task`.
+
+    Raises
+    ------
+    FormatError
+        See `clora_store.load`.
+    OptionError, ShapeError
+        A layer that the params do not have (near names are listed), have in another size, or of a kind that is not
+        adapted here.
+    """
+    state = folder if isinstance(folder, store.State) else store.load(folder, finite=finite)
+    if state is folder:
+        store.check(state, "clora_jax.load", finite=finite)
+    leaf_numbers, leaves, _ = flatten(params)
+    places = store.places(state, names or {}, "clora_jax.load")
+    options = {"stop_old": True, "train_routing": True, "scale": 1.0, **state.options}
+    rules = {"factors": state.factors} | {k: options[k] for k in ("stop_old", "train_routing", "scale")}
+    out: dict[str, Layer] = {}
+    here: dict[str, str] = {}
+    for name, layer in state.layers.items():
+        leaf = _leaf(name, places[name], leaf_numbers, layer)
+        info = _info(name, layer, leaf, leaf_numbers, leaves, layout, rules)
+        if info.name in out:
+            got, fix = f"{name!r} and another on {info.name!r}", "give every saved path a path of its own"
+            raise option_error(
+                "load", "two saved layers belong to one module", got, "one each", fix, "names= that meet"
+            )
+        info = info._replace(started=bool(state.tasks), complete=layer.complete and not state.unobserved)
+        out[info.name] = _layer(layer, leaves[leaf_numbers[leaf]], info)
+        here[name] = info.name
+    snapshots = {
+        task: {here[name]: _snapshot(s, out[here[name]]) for name, s in snapshot.items()}
+        for task, snapshot in state.snapshots.items()
+    }
+    lost = state.tasks[: len(state.tasks) - len(snapshots)]
+    history = History(snapshots, state.unobserved, state.open, tuple(lost))
+    if not isinstance(folder, store.State) and state.digest is not None:
+        history = _note(history, os.path.realpath(folder), state.digest)
+    return out, history
+
+
+def to_state(adapters: Tree, history: History) -> store.State:
+    """All of the adapters in NumPy arrays."""
+    found = layers(adapters)
+    first = next(iter(found.values())).info
+    out = {}
+    for name, layer in found.items():
+        info = layer.info
+        out[name] = store.Layer(
+            kind=info.kind,
+            target=store.Target(info.leaf, info.shape, info.layout, bias=info.bias),
+            adapter=core.Adapter(*map(_host, layer.adapter)),
+            spare=None if layer.spare is None else (_host(layer.spare[0]), _host(layer.spare[1])),
+            moments=None if layer.moments is None else core.Moments(*(_host(a) for a in layer.moments)),
+            complete=info.complete or bool(history.unobserved),
+        )
+    snapshots = {
+        task: {
+            name: store.Snapshot(_host(R), *((None, None) if A is None else (_host(A), _host(B))))
+            for name, (A, R, _, B) in snapshot.items()
+        }
+        for task, snapshot in history.snapshots.items()
+    }
+    linear = next((layer.info for layer in found.values() if layer.info.kind == "linear"), first)
+    return store.State(
+        layers=out,
+        factors=first.factors,
+        tasks=history.tasks,
+        unobserved=history.unobserved,
+        open=history.open,
+        snapshots=snapshots,
+        options={"stop_old": linear.stop_old, "train_routing": linear.train_routing, "scale": linear.scale},
+        provenance={"framework": f"jax {jax.__version__}"},
+    )
+
+
+def _note(history: History, path: str, digest: str) -> History:
+    return dataclasses.replace(history, digest=tuple({**dict(history.digest), path: digest}.items()))
+
+
+def _host(array: Any) -> Any:
+    return None if array is None else np.asarray(array)
+
+
+def _leaf(name: str, module: str, names: Mapping[str, int], layer: store.Layer) -> str:
+    """The path of the array that a saved layer stands beside."""
+    if layer.kind not in ("linear", "head") or layer.target.rows is not None:
+        got = layer.kind if layer.target.rows is None else f"rows {layer.target.rows} of a fused projection"
+        fix = "use it with clora_torch, or merge it into the checkpoint (clora merge)"
+        raise option_error(
+            "load",
+            f"layer {name!r} is of a kind that is not adapted here",
+            got,
+            "a linear layer or head",
+            fix,
+            "an adapter of another model",
+        )
+    for leaf in (module, *(f"{module}.{last}".removeprefix(".") for last in NAMES), layer.target.weight):
+        if leaf in names:
+            return leaf
+    modules = sorted({n.rpartition(".")[0] if n.rpartition(".")[2] in NAMES else n for n in names})
+    near = [n for n in modules if n.endswith(f".{module}")] or difflib.get_close_matches(module, modules, n=3)
+    needed = f"a path of this tree (near: {', '.join(map(repr, near[:5])) or 'none'})"
+    fix = "load onto the model it was trained on, or pass names={saved path: path here}"
+    raise option_error(
+        "load", f"there is no weight for layer {name!r}", repr(module), needed, fix, "another model, or other names"
+    )
+
+
+def _info(
+    name: str,
+    layer: store.Layer,
+    leaf: str,
+    names: Mapping[str, int],
+    leaves: list[Any],
+    layout: str | None,
+    rules: Any,
+) -> Info:
+    W = leaves[names[leaf]]
+    beside = f"{leaf.rpartition('.')[0]}.bias".removeprefix(".")
+    bias = beside if layer.kind == "head" and beside in names else None
+    info = place(leaf, W, layout, layer.kind, bias, rules)
+    shape = tuple(W.shape) if info.layout == "out,in" else tuple(W.shape)[::-1]
+    one_sided = layer.kind == "head" and (bias is None) != (layer.target.bias is None)
+    if shape != layer.target.whole or one_sided:
+        raise ShapeError(
+            message(
+                "clora_jax.load",
+                f"weight {leaf!r} is not the one that layer {name!r} was saved from",
+                got="a bias in one of the two only"
+                if one_sided
+                else f"(d_out, d_in) = {shape}, read as {info.layout!r}",
+                needed=f"(d_out, d_in) = {layer.target.whole}",
+                cause="another model, or a weight in the other layout",
+                fix="load onto the model it was trained on, or pass layout=",
+            )
+        )
+    return info
+
+
+def _layer(layer: store.Layer, W: Any, info: Info) -> Layer:
+    by_out, by_in, alike = shardings(W, info.layout)
+    dtype = W.dtype if W.dtype in (jnp.float32, jnp.float64) else jnp.dtype("float32")
+    wide = jax.dtypes.canonicalize_dtype(np.float64)
+
+    def put(array: Any, sharding: Any, to: Any = dtype) -> Any:
+        return None if array is None else _put(_cast(array, to), sharding)
+
+    A, R_old, R_delta, B = layer.adapter
+    adapter = core.Adapter(put(A, by_out), put(R_old, alike), put(R_delta, alike), put(B, by_in))
+    spare = None if layer.spare is None else (put(layer.spare[0], by_out), put(layer.spare[1], by_in))
+    moments = None if layer.moments is None else core.Moments(*(put(a, alike, wide) for a in layer.moments))
+    return Layer(adapter, moments, spare, info)
+
+
+def _cast(array: Any, dtype: Any) -> Any:
+    """One rounding, through float32."""
+    standard = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    return standard.astype(np.dtype(dtype.name if hasattr(dtype, "name") else dtype))
+
+
+def _snapshot(snapshot: store.Snapshot, layer: Layer) -> core.Adapter:
+    like = layer.adapter
+
+    def put(array: Any, other: Any) -> Any:
+        return None if array is None else _put(_cast(array, like.R_old.dtype), getattr(other, "sharding", None))
+
+    R: Any = put(snapshot.R, like.R_old)
+    return core.Adapter(put(snapshot.A, like.A), R, jnp.zeros_like(R), put(snapshot.B, like.B))

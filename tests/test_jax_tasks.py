@@ -1,0 +1,547 @@
+"""The life of a task in clora_jax: what stays to the bit, what is remembered, what learns, and what is refused."""
+
+from typing import Any
+
+import kit
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import clora_core as core
+from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, RankError, ShapeError, StateError
+
+if kit.jax is None:
+    pytest.skip(kit.NO_JAX, allow_module_level=True)
+import jax
+import jax.numpy as jnp
+import optax
+from jax_cases import Run, attach, data, forward, model, params
+
+import clora_jax as clora
+
+ADAM = optax.adamw(1e-2, weight_decay=0.1)
+
+
+def wide(tree: Any) -> Any:
+    return jax.tree.map(lambda a: np.asarray(a, np.float64), tree)
+
+
+def lived(count: int = 3, tx: Any = None, **options: Any) -> Any:
+    base = params()
+    adapters, history = attach(base, **options), clora.History()
+    run = Run(tx or clora.learning(ADAM))
+    for task in range(count):
+        adapters, history = run.learn(adapters, base, history, task)
+    return base, adapters, history
+
+
+def routed_inputs(adapters: Any, base: Any, batch: Any) -> dict[str, Any]:
+    """u of every layer by hand, in float64, and the same of absolute values: their sizes."""
+    out, sizes = {}, {}
+    x = size = np.asarray(batch[0], np.float64)
+    size = abs(size)
+    for i, layer in enumerate(base["encoder"]):
+        a = adapters[f"encoder.{i}"]
+        whole = core.Adapter(*(np.asarray(v, np.float64) for v in a.whole()))
+        out[f"encoder.{i}"], sizes[f"encoder.{i}"] = x @ whole.B.T, size @ abs(whole.B).T
+        W, b = (np.asarray(layer[k], np.float64) for k in ("kernel", "bias"))
+        size = size @ (abs(W.T) + core.delta(core.Adapter(*map(abs, whole)))).T + abs(b)
+        x = np.maximum(core.linear(x, W.T, whole, b), 0)
+    one = np.ones((len(x), 1))
+    return {**out, "head": np.hstack([x, one])}, {**sizes, "head": np.hstack([size, one])}
+
+
+@pytest.mark.parametrize("factors", ["first-task", "every-task", "never"])
+@pytest.mark.parametrize("scheme", ["orthonormal", "svd", "lora"])
+def test_attach_and_the_boundary_change_no_bit(factors: str, scheme: str) -> None:
+    base = params()
+    if factors == "never" and scheme == "lora":
+        return
+    adapters = attach(base, factors=factors, scheme=scheme, max_rank=10)
+    x = data(0)[0]
+    jitted = jax.jit(forward)
+    assert np.array_equal(jitted(adapters, base, x), model(base, x[0])) or scheme != "lora"
+    within(jitted(adapters, base, x), model(base, x[0]), adapters, base, x)
+    run, history = Run(clora.learning(ADAM)), None
+    for task in range(2):
+        begun = clora.begin_task(adapters)
+        assert np.array_equal(jitted(begun, base, x), jitted(adapters, base, x))
+        state = run.tx.init(begun)
+        trained, _ = run.step(begun, state, base, x)
+        adapters, history = clora.end_task(trained, history=history)
+        assert np.array_equal(jitted(adapters, base, x), jitted(trained, base, x)), task
+        assert not any(np.any(layer.adapter.R_delta) for layer in clora.layers(adapters).values())
+
+
+def within(got: Any, want: Any, adapters: Any, base: Any, batch: Any) -> None:
+    """Of outputs: float32 rounding through three layers, of at most 100 roundings each, of sums of absolute values."""
+    _, sizes = routed_inputs(adapters, base, batch)
+    last = sizes["head"] @ abs(np.asarray(core.routing(adapters["head"].adapter, xp=jnp), np.float64)).T
+    limit = 2 * float(kit.gamma(300, "float32")) * last
+    assert np.all(np.abs(np.asarray(got, np.float64) - np.asarray(want, np.float64)) <= limit)
+
+
+@pytest.mark.parametrize("factors", ["first-task", "never", "every-task"])
+def test_exactly_what_learns_is_changed(factors: str) -> None:
+    """AdamW with weight decay: bits of everything else stay, the base and the memory included."""
+    base = params()
+    adapters, history, run = attach(base, factors=factors, max_rank=9), None, Run(clora.learning(ADAM))
+    for task in range(2):
+        after, history = run.learn(adapters, base, history, task, observe=factors != "every-task")
+        moving = factors == "every-task" or (factors == "first-task" and task == 0)
+        for name, layer in adapters.items():
+            for field in ("A", "B"):
+                before, now = getattr(layer.adapter, field), getattr(after[name].adapter, field)
+                assert before is None or np.array_equal(before, now) != moving, (name, field)
+            assert not np.array_equal(layer.adapter.R_old, after[name].adapter.R_old)
+            if layer.spare is not None:
+                assert all(np.array_equal(a, b) for a, b in zip(layer.spare, after[name].spare, strict=True))
+        adapters = after
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(base), jax.tree.leaves(params()), strict=True))
+
+
+def test_plain_lora_is_a_setting() -> None:
+    base = params()
+    lora = {"factors": "every-task", "scheme": "lora", "stop_old": False, "train_routing": False}
+    adapters, run = attach(base, heads=(), **lora), Run(clora.learning(optax.sgd(1e-2)))
+    for task in range(2):
+        adapters, _ = run.learn(adapters, base, None, task, observe=False)
+        for layer in adapters.values():
+            assert np.array_equal(core.routing(layer.adapter, xp=jnp), np.eye(8))
+    assert np.any(adapters["encoder.0"].adapter.A)
+
+
+@settings(max_examples=kit.examples(12))
+@given(seed=st.integers(0, 2**32 - 1), x64=st.booleans())
+def test_observed_moments_are_those_of_the_inputs(seed: int, x64: bool) -> None:
+    """Mean of u u^T over all batches, of every layer, spare directions and the head's constant included."""
+    with jax.enable_x64(x64):
+        base = params(seed % 7)
+        adapters = attach(base, max_rank=11, seed=seed)
+        batches = data(seed % 5, batches=3, rows=7)
+        got = clora.observe(forward, adapters, base, batches)
+        rows = [routed_inputs(adapters, base, batch) for batch in batches]
+        for name, C in got.items():
+            assert C.dtype == (np.float64 if x64 else np.float32)
+            u, size = (np.concatenate([r[i][name] for r in rows]) for i in (0, 1))
+            limit = 2 * float(kit.gamma(400, "float32")) * (size.T @ size) / len(u)
+            assert np.all(np.abs(np.asarray(C, np.float64) - u.T @ u / len(u)) <= limit)
+            assert np.array_equal(C, C.T)
+
+
+def test_moments_through_scan_vmap_and_checkpoint() -> None:
+    """Layers inside of transformations are observed like others: stacked ones by a leading axis of their own."""
+    base = params()
+    adapters = attach(base, heads=())
+    batch = data(0)[0]
+    want = clora.observe(forward, adapters, base, [batch])
+
+    def by_row(adapters: Any, base: Any, batch: Any) -> Any:
+        return jax.vmap(lambda x: forward(adapters, base, (x,)))(batch[0])
+
+    def rematerialised(adapters: Any, base: Any, batch: Any) -> Any:
+        return jax.checkpoint(forward)(adapters, base, batch)
+
+    sizes = routed_inputs(adapters, base, batch)[1]
+    for way in (by_row, rematerialised):
+        got = clora.observe(way, adapters, base, [batch])
+        for name, C in got.items():
+            size = sizes[name]
+            assert np.all(np.abs(C - want[name]) <= 2 * float(kit.gamma(400, "float32")) * (size.T @ size) / len(size))
+
+    square = {"kernel": jnp.stack([base["encoder"][0]["kernel"][:16, :16]] * 3)}
+    stacked = jax.vmap(lambda tree: clora.attach(tree, rank=3, seed=1))(square)
+
+    def scanned(adapters: Any, base: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, pair: (jnp.tanh(x @ clora.bind(*pair)["kernel"]), None), x, (base, adapters))[0]
+
+    def unrolled(adapters: Any, base: Any, x: Any) -> Any:
+        inputs = []
+        for i in range(3):
+            inputs.append(x @ adapters["kernel"].adapter.B[i].T)
+            one = jax.tree.map(lambda a, i=i: a[i], (base, adapters))
+            x = jnp.tanh(x @ clora.bind(*one)["kernel"])
+        return inputs
+
+    x = batch[0][:, :16]
+    sums = clora.second_moments(scanned, stacked, square, x)["kernel"]
+    for i, u in enumerate(unrolled(stacked, square, x)):
+        assert float(sums[1][i]) == len(x)
+        limit = float(kit.gamma(300, "float32")) * (abs(u).T @ abs(u))
+        assert np.all(np.abs(sums[0][i] - u.T @ u) <= limit + 1e-5 * float(jnp.abs(u).max()) ** 2)
+
+
+def test_padding_is_left_out() -> None:
+    base = {"q": {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((5, 6)), jnp.float32)}}
+    adapters = clora.attach(base, rank=2)
+    x = np.random.default_rng(1).standard_normal((3, 4, 5)).astype(np.float32)
+    mask = np.asarray([[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]])
+
+    def run(adapters: Any, base: Any, batch: Any) -> Any:
+        return batch["x"] @ clora.bind(base, adapters)["q"]["kernel"]
+
+    def by_row(adapters: Any, base: Any, batch: Any) -> Any:
+        def one(x: Any, mask: Any) -> Any:
+            with clora.padding(mask):
+                return run(adapters, base, {"x": x})
+
+        return jax.vmap(one)(batch["x"], batch["mask"])
+
+    batch = {"x": jnp.asarray(x), "mask": jnp.asarray(mask)}
+    u = np.asarray(x[mask > 0], np.float64) @ np.asarray(adapters["q"].adapter.B, np.float64).T
+    for got in (
+        clora.observe(run, adapters, base, [batch], mask=lambda b: b["mask"]),
+        clora.observe(by_row, adapters, base, [batch]),
+    ):
+        assert np.all(np.abs(got["q"] - u.T @ u / 7) <= float(kit.gamma(40, "float32")) * (abs(u).T @ abs(u)))
+    with pytest.raises(OptionError, match="mask fits no layer"):
+        clora.observe(run, adapters, base, [batch], mask=lambda b: b["mask"][0])
+
+
+def test_drift_is_the_change_on_what_was_observed() -> None:
+    """With one layer, whose inputs stay, the meter is the mean squared change of outputs, summed over tasks."""
+    with jax.enable_x64(True):
+        W = jnp.asarray(np.random.default_rng(0).standard_normal((6, 5)))
+        base = {"q": {"kernel": W}}
+        adapters, history = clora.attach(base, rank=3, factors="never"), None
+        rng = np.random.default_rng(1)
+        seen: list[Any] = []
+
+        def run(adapters: Any, base: Any, x: Any) -> Any:
+            return x @ clora.bind(base, adapters)["q"]["kernel"]
+
+        def moved(adapters: Any) -> Any:
+            layer = adapters["q"]
+            step = jnp.asarray(rng.standard_normal((3, 3)))
+            return {"q": clora.Layer(layer.adapter._replace(R_delta=step), layer.moments, layer.spare, layer.info)}
+
+        for _ in range(3):
+            adapters = moved(clora.begin_task(adapters))
+            x = jnp.asarray(rng.standard_normal((8, 6)))
+            seen.append((x, run(adapters, base, x)))
+            adapters, history = clora.end_task(adapters, clora.observe(run, adapters, base, [x]), history=history)
+        now = moved(clora.begin_task(adapters))
+        for since, then in (("task-ends", None), ("boundary", adapters)):
+            want = 0.0
+            for x, y in seen:
+                before = y if then is None else run(then, base, x)
+                want += float(jnp.mean(jnp.sum((run(now, base, x) - before) ** 2, axis=1)))
+            size = float(core.bounds.drift(*wide((now["q"].adapter, now["q"].used())), since="task-ends")) * 2.0**10
+            assert abs(clora.drift(now, since=since)["q"] - want) <= size
+
+
+@pytest.mark.parametrize(
+    "kind", [("drift", {}), ("drift", {"since": "task-ends"}), ("orthogonality", {"form": "output"})]
+)
+def test_the_penalty_is_the_meters(kind: Any) -> None:
+    """Value and gradient of the core, weighted; nothing but R_delta has one; 0 in the first task."""
+    name, options = kind
+    _, adapters, _ = lived(2)
+    adapters = jax.tree.map(lambda a: a, clora.begin_task(adapters))
+    rng = np.random.default_rng(0)
+    adapters = clora.map_layers(
+        lambda layer: clora.Layer(
+            layer.adapter._replace(R_delta=jnp.asarray(rng.standard_normal(layer.adapter.R_delta.shape), jnp.float32)),
+            layer.moments,
+            layer.spare,
+            layer.info,
+        ),
+        adapters,
+    )
+    value, grads = jax.jit(jax.value_and_grad(lambda a: clora.penalty(a, 0.5, kind=name, head_weight=0.25, **options)))(
+        adapters
+    )
+    want = 0.0
+    for layer_name, layer in adapters.items():
+        adapter, moments = wide((layer.adapter, layer.used()))
+        scale = 0.25 if layer.info.kind == "head" else 0.5
+        grad = grads[layer_name].adapter
+        if name == "drift":
+            how = {"since": "boundary", **options}
+            want += scale * float(core.drift(adapter, moments, **how))
+            expected = scale * core.drift_vjp(adapter, moments, **how)
+        elif layer.info.kind == "head":
+            expected = np.zeros_like(adapter.R_delta)
+        else:
+            want += scale * float(core.orthogonality(adapter, **options))
+            expected = scale * core.orthogonality_vjp(adapter, **options)
+        size = np.abs(expected).max() + 1
+        assert np.all(
+            np.abs(np.asarray(grad.R_delta, np.float64) - expected) <= float(kit.gamma(4000, "float32")) * size * 8
+        )
+        for other in (grad.A, grad.R_old, grad.B):
+            assert other is None or not np.any(other)
+    assert abs(float(value) - want) <= float(kit.gamma(4000, "float32")) * (abs(want) + 100)
+    assert float(clora.penalty(attach(params()), 1.0)) == 0.0
+
+
+def test_the_applied_update_does_not_leak() -> None:
+    """300 steps of AdamW with weight decay: what R_delta has in protected directions stays below 1e-6."""
+    base, adapters, _ = lived(2)
+    leaks = {}
+    for name, tx in {"protected": clora.protect(ADAM, energy=0.9), "plain": clora.learning(ADAM)}.items():
+        run = Run(tx)
+        bases = clora.protect(ADAM, energy=0.9).init(adapters).bases
+        now = clora.begin_task(adapters)
+        state = tx.init(now)
+        batches = data(2)
+        for i in range(300):
+            now, state = run.step(now, state, base, batches[i % 4])
+        worst = 0.0
+        for layer_name, layer in now.items():
+            U, weights = (np.asarray(a, np.float64) for a in bases[layer_name])
+            R = np.asarray(layer.adapter.R_delta, np.float64)
+            assert 0 < weights.sum() < len(weights)
+            assert np.linalg.norm(R) > 0.01
+            worst = max(worst, np.linalg.norm((R @ U) * weights) / np.linalg.norm(R))
+        leaks[name] = worst
+    assert leaks["protected"] < 1e-6, leaks
+    assert leaks["plain"] > 0.1, leaks
+    assert clora.full(clora.protect(ADAM, energy=1.0).init(adapters))
+
+
+@pytest.mark.parametrize("factors", ["first-task", "never"])
+def test_nothing_is_traced_anew_from_task_to_task(factors: str) -> None:
+    """20 tasks: one trace, and one more where factors stop to learn; observing and initialising included."""
+    base = params()
+    adapters, history = attach(base, factors=factors), None
+    run = Run(clora.protect(ADAM, energy=0.5), penalty=0.1)
+    seen = 0
+
+    def counted(adapters: Any, base: Any, batch: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        return forward(adapters, base, batch)
+
+    run.forward = counted
+    counts = []
+    for task in range(20):
+        adapters, history = run.learn(adapters, base, history, task, epochs=1)
+        counts.append((run.traces, seen))
+    # In the first task nothing is finished yet: the rules of a layer change once, with its end.
+    assert counts[1:] == [counts[1]] * 19, counts
+    assert counts[1] <= (2, 2)
+
+
+def test_restore_rows_and_coming_back() -> None:
+    base, adapters, history = lived(3, max_rank=12)
+    batch = data(7)[0]
+    jitted = jax.jit(forward)
+    then = {name: jitted(clora.restore(adapters, history, name), base, batch) for name in history.tasks}
+    assert np.array_equal(then["task-2"], jitted(adapters, base, batch))
+    assert not np.array_equal(then["task-0"], then["task-1"])
+    grown = clora.expand(adapters, 3)
+    assert np.array_equal(jitted(clora.restore(grown, history, "task-0"), base, batch), then["task-0"])
+    names = [history.tasks[i % 3] for i in range(24)]
+    mixed = jitted(clora.rows(grown, history, names), base, batch)
+    for i, name in enumerate(names):
+        old = clora.restore(grown, history, name)
+        within(mixed[i], then[name][i], {**old}, base, (batch[0][i : i + 1],))
+    no_heads = attach(base, heads=())
+    linear, past = clora.end_task(no_heads, clora.observe(forward, no_heads, base, [batch]))
+    plain = forward(clora.rows(linear, past, [None] * 24), base, batch)
+    within(plain, model(base, batch[0]), attach(base), base, batch)
+    with pytest.raises(StateError, match=r"no base.*name of a task"):
+        clora.rows(adapters, history, [None])
+    with pytest.raises(StateError, match=r"no snapshot of task 'x'.*'task-0', 'task-1', 'task-2'"):
+        clora.restore(adapters, history, "x")
+    with pytest.raises(StateError, match="higher rank"):
+        clora.rows(clora.restore(grown, history, "task-0"), clora.end_task(grown, history=history)[1], ["task-3"])
+
+
+def test_growing() -> None:
+    """Within max_rank the meter stays exact; beyond it it raises; an option that is missing is asked for."""
+    base, adapters, _ = lived(2, max_rank=10)
+    batch = data(3)[0]
+    grown = clora.expand(adapters, 2)
+    assert grown["encoder.0"].rank == 10
+    assert grown["encoder.0"].spare is None
+    within(forward(grown, base, batch), forward(adapters, base, batch), grown, base, batch)
+    for name, value in clora.drift(grown).items():
+        layer = wide((grown[name].adapter, grown[name].used()))
+        assert abs(value - clora.drift(adapters)[name]) <= 2 * float(core.bounds.drift(*layer))
+    with pytest.raises(OptionError, match=r"seed=None.*max_rank"):
+        clora.expand(grown, 1)
+    beyond = clora.expand(grown, 1, seed=0)
+    within(forward(beyond, base, batch), forward(adapters, base, batch), beyond, base, batch)
+    for verb in (clora.drift, clora.penalty, clora.protect(ADAM).init):
+        with pytest.raises(MomentsIncomplete, match=r"max_rank"):
+            verb(beyond)
+    assert clora.drift(clora.expand(attach(base), 1, seed=0))["encoder.0"] == 0.0
+    with pytest.raises(RankError, match=r"rank 10 \+ 15"):
+        clora.expand(grown, 15, seed=0)
+    with pytest.raises(RankError, match="by=0"):
+        clora.expand(grown, 0)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_merge_and_unmerge(dtype: str) -> None:
+    base, adapters, _ = lived(2)
+    base = jax.tree.map(lambda a: a.astype(dtype), base)
+    merged = clora.merge(base, adapters, on_loss="ignore")
+    assert clora.unmerge(merged) is base
+    for i in range(2):
+        W, layer = base["encoder"][i]["kernel"], adapters[f"encoder.{i}"]
+        exact = np.asarray(W, np.float64).T + core.delta(wide(layer.adapter))
+        narrow = core.Adapter(*(np.asarray(a) for a in layer.adapter))
+        limit = core.bounds.merge(np.asarray(W.astype(jnp.float32)).T, narrow, dtype=dtype)
+        got = merged.params["encoder"][i]["kernel"]
+        assert got.dtype == dtype
+        assert np.all(np.abs(np.asarray(got.astype(jnp.float32), np.float64).T - exact) <= limit * (1 + 2.0**-20))
+    V = np.asarray(core.routing(adapters["head"].adapter, xp=jnp))
+    assert np.array_equal(merged.params["head"]["kernel"].astype(jnp.float32), jnp.asarray(V[:, :-1].T).astype(dtype))
+    assert np.array_equal(merged.params["head"]["bias"], jnp.asarray(V[:, -1]).astype(dtype))
+    assert set(merged.reports) == {"encoder.0", "encoder.1"}
+    tiny = clora.map_layers(
+        lambda layer: clora.Layer(layer.adapter._replace(R_old=2.0**-12 * layer.adapter.R_old), None, None, layer.info),
+        adapters,
+    )
+    if dtype == "bfloat16":
+        with pytest.raises(InvalidValueError, match=r"loses more than 10%.*encoder\.0"):
+            clora.merge(base, tiny, on_loss="raise")
+        with pytest.warns(UserWarning, match="loses more than 10%"):
+            clora.merge(base, tiny)
+
+
+def test_materialised_weights_are_the_same_function() -> None:
+    """For code that wants arrays: value and gradients within bounds of the kernels'."""
+    base, adapters, _ = lived(2)
+    batch = data(5)[0]
+
+    def loss(adapters: Any, materialize: bool) -> Any:
+        return model(clora.bind(base, adapters, materialize=materialize), batch[0])
+
+    within(loss(adapters, True), loss(adapters, False), adapters, base, batch)
+    one, two = (jax.grad(lambda a, m=m: jnp.sum(loss(a, m)))(adapters) for m in (True, False))
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        assert np.all(np.abs(a - b) <= float(kit.gamma(600, "float32")) * 24 * (np.abs(b).max() + 1))
+    with pytest.raises(StateError, match="arrays can't be observed"):
+        clora.observe(lambda a, p, b: model(clora.bind(p, a, materialize=True), b[0]), adapters, base, [batch])
+
+
+def test_a_task_without_observing_is_told() -> None:
+    base, adapters, history = lived(1)
+    adapters, history = clora.end_task(clora.begin_task(adapters), history=history, name="blind")
+    assert history.unobserved == ("blind",)
+    with pytest.raises(MomentsIncomplete, match="observe"):
+        clora.drift(adapters)
+    with pytest.raises(MomentsIncomplete, match="observe"):
+        jax.jit(clora.penalty)(adapters)
+    moving = attach(base, factors="every-task")
+    for verb in (clora.drift, clora.penalty, clora.protect(ADAM).init, lambda a: clora.observe(forward, a, base, [])):
+        with pytest.raises(StateError, match="factors='first-task' or 'never'"):
+            verb(moving)
+    moving, past = clora.end_task(moving)
+    assert past.unobserved == ()
+    with pytest.raises(StateError, match="stale"):
+        clora.rows(moving, past, ["task-0"])
+
+
+def test_wrong_calls_are_refused_and_nothing_is_lost() -> None:
+    base, adapters, history = lived(1)
+    with pytest.raises(StateError, match=r"finished already.*'task-0'"):
+        clora.end_task(adapters, history=history, name="task-0")
+    with pytest.raises(StateError, match="no text"):
+        clora.end_task(adapters, name=3)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="other layers were observed"):
+        clora.end_task(adapters, {"x": jnp.zeros((2, 2))})
+    spoiled = clora.map_layers(
+        lambda layer: clora.Layer(
+            layer.adapter._replace(R_delta=layer.adapter.R_delta.at[0, 0].set(jnp.nan)),
+            layer.moments,
+            layer.spare,
+            layer.info,
+        ),
+        adapters,
+    )
+    with pytest.raises(InvalidValueError, match=r"R_delta of layer 'encoder\.0' is not finite"):
+        clora.end_task(spoiled, history=history)
+    with pytest.raises(StateError, match="no data to observe"):
+        clora.observe(forward, adapters, base, [])
+    with pytest.raises(OptionError, match="no floating point array"):
+        clora.observe(lambda a, p, b: forward(a, p, b).argmax(1), adapters, base, data(0))
+    with pytest.raises(StateError, match=r"nothing reached layer 'encoder\.1'"):
+        clora.observe(lambda a, p, b: b[0] @ clora.bind(p, a)["encoder"][0]["kernel"], adapters, base, data(0))
+    with pytest.raises(OptionError, match="no adapter in this tree"):
+        clora.begin_task(base)
+    with pytest.raises(OptionError, match="unknown kind"):
+        clora.penalty(adapters, kind="both")
+    with pytest.raises(OptionError, match=r"unknown option.*form"):
+        clora.penalty(adapters, form="basis")
+    with pytest.raises(OptionError, match="between 0 and 1"):
+        clora.protect(ADAM, energy=1.5)
+    tx = clora.protect(ADAM)
+    with pytest.raises(OptionError, match="the adapters"):
+        tx.update(adapters, tx.init(adapters))
+    with pytest.raises(OptionError, match="unknown on_loss"):
+        clora.merge(base, adapters, on_loss="no")
+    with pytest.raises(OptionError, match=r"no place for layer 'encoder\.0'"):
+        clora.bind({"other": base["head"]}, adapters)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"targets": "encodr.0"}, OptionError, r"near: .*'encoder\.0"),
+        ({"targets": "encoder.0.bias"}, ShapeError, r"'encoder\.0\.bias' is no matrix"),
+        ({"targets": (), "heads": ()}, OptionError, "nothing to adapt"),
+        ({"rank": 0}, RankError, "rank=0"),
+        ({"rank": 25}, RankError, r"'encoder\.0'. Got rank=25, d_out=32, d_in=20; needed 1 <= rank <= 20"),
+        ({"ranks": {"hea": 2}}, OptionError, "ranks matches no weight"),
+        ({"factors": "sometimes"}, OptionError, "'every-task' or 'first-task' or 'never'"),
+        ({"layout": "io"}, OptionError, "unknown layout"),
+        ({"scheme": "zero"}, OptionError, "scheme"),
+        ({"scheme": "lora", "factors": "never"}, OptionError, "nothing could ever learn"),
+        ({"train_routing": False}, OptionError, "nothing would learn after the first task"),
+        ({"max_rank": 3}, OptionError, "max_rank is below rank"),
+    ],
+)
+def test_attach_refuses(options: Any, error: Any, match: str) -> None:
+    with pytest.raises(error, match=match):
+        attach(params(), **options)
+
+
+def test_patterns() -> None:
+    import re
+
+    base = params()
+    for targets, names in [
+        ("all-linear", ["encoder.0", "encoder.1"]),
+        ("encoder/1", ["encoder.1"]),
+        ("encoder.1.kernel", ["encoder.1"]),
+        ("*.0", ["encoder.0"]),
+        (re.compile(r"encoder/\d"), ["encoder.0", "encoder.1"]),
+        (["0", "1"], ["encoder.0", "encoder.1"]),
+    ]:
+        assert list(attach(base, targets=targets, heads="head")) == [*names, "head"], targets
+    assert list(attach(base, targets="all-linear", exclude="1", heads=(), rank=2)) == ["encoder.0", "head"]
+    ranks = attach(base, ranks={"1": 3})
+    assert [ranks[n].rank for n in ("encoder.0", "encoder.1")] == [8, 3]
+    named = clora.attach({"w": jnp.ones((3, 5))}, rank=1, targets="w", layout="out,in")
+    assert named["w"].adapter.A.shape == (3, 1)
+
+
+def test_kernels_from_either_side() -> None:
+    """x @ kernel, kernel @ x, kernel.T, NumPy inputs and casts; anything else is refused with the way out."""
+    W = jnp.asarray(np.random.default_rng(0).standard_normal((5, 3)), jnp.float32)
+    x = np.random.default_rng(1).standard_normal((4, 5)).astype(np.float32)
+    adapters = clora.attach({"kernel": W}, rank=2, seed=3)
+    kernel = clora.bind({"kernel": W}, adapters)["kernel"]
+    out = clora.bind({"weight": W.T}, clora.attach({"weight": W.T}, rank=2, seed=3))["weight"]
+    want = np.asarray(jnp.asarray(x) @ W)
+    for got in (x @ kernel, jnp.asarray(x) @ kernel, x @ out.T, (kernel.T @ x.T).T, (out @ x.T).T, (out @ x[0])[None]):
+        assert np.all(
+            np.abs(got - want[: len(got)])
+            <= float(kit.gamma(20, "float32")) * (abs(x) @ abs(np.asarray(W)))[: len(got)]
+        )
+    assert kernel.shape == (5, 3)
+    assert kernel.T.shape == (3, 5)
+    assert (x.astype(jnp.bfloat16) @ kernel.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    for wrong in (lambda: kernel @ x, lambda: x[:, :3] @ kernel.T):
+        with pytest.raises(StateError, match="from its other side"):
+            wrong()
+    with pytest.raises(AttributeError, match="materialize=True"):
+        kernel.reshape(15)
+    with pytest.raises(TypeError):
+        jnp.dot(x, kernel)
