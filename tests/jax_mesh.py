@@ -89,6 +89,22 @@ def by_shard_map(base: Any, batch: Any, adapters: Any) -> Any:
     return jax.jit(jax.shard_map(share, mesh=mesh, **specs))(adapters, base, batch)
 
 
+def gradients_by_shard_map(base: Any, batch: Any, adapters: Any) -> float:
+    """Gradients of a sharded batch's mean loss, replicated adapters: how far from those of the whole batch."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def share(adapters: Any, base: Any, batch: Any) -> Any:
+        return jax.grad(lambda a: jax.lax.pmean(loss(a, base, batch), "data"))(adapters)
+
+    shared = jax.jit(jax.shard_map(share, mesh=mesh, in_specs=(P(), P(), P("data")), out_specs=P()))
+    pairs = zip(
+        jax.tree.leaves(jax.grad(loss)(adapters, base, batch)),
+        jax.tree.leaves(shared(adapters, base, batch)),
+        strict=True,
+    )
+    return max(float(np.max(np.abs(np.asarray(a) - np.asarray(b))) / (np.max(np.abs(a)) + 1e-3)) for a, b in pairs)
+
+
 def main() -> None:
     rng = np.random.default_rng(1)
     batch = (rng.standard_normal((ROWS, D)).astype(np.float32), rng.integers(0, CLASSES, ROWS))
@@ -119,6 +135,7 @@ def main() -> None:
     shared = by_shard_map(params(), batch, jax.tree.map(np.asarray, alone))
     pairs = zip(*(map(np.asarray, jax.tree.leaves(tree)) for tree in (whole, shared)), strict=True)
     out["shard_map"] = max(float(np.max(np.abs(a - b)) / np.max(np.abs(a))) for a, b in pairs)
+    out["gradients in shard_map"] = gradients_by_shard_map(params(), batch, jax.tree.map(np.asarray, alone))
     json.dump(out, sys.stdout)
 
 

@@ -21,6 +21,8 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
     text = page.read_text(encoding="utf-8")
     if "import torch\n" in text and kit.torch is None:
         pytest.skip(kit.NO_TORCH)
+    if "import jax\n" in text and kit.jax is None:
+        pytest.skip(kit.NO_JAX)
     if "from transformers" in text and importlib.util.find_spec("transformers") is None:
         pytest.skip(kit.NO_PEERS)
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)

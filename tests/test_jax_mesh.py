@@ -38,3 +38,7 @@ def test_the_same_numbers_and_no_kernel_gathered(found: dict, how: str) -> None:
 
 def test_second_moments_in_shard_map(found: dict) -> None:
     assert found["shard_map"] <= 2.0**-18
+
+
+def test_gradients_in_shard_map(found: dict) -> None:
+    assert found["gradients in shard_map"] <= 2.0**-18

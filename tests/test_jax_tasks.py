@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clora_core as core
-from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, RankError, ShapeError, StateError
+from clora_core.errors import (
+    DTypeError,
+    InvalidValueError,
+    MomentsIncomplete,
+    OptionError,
+    RankError,
+    ShapeError,
+    StateError,
+)
 
 if kit.jax is None:
     pytest.skip(kit.NO_JAX, allow_module_level=True)
@@ -478,6 +486,49 @@ def test_wrong_calls_are_refused_and_nothing_is_lost() -> None:
         clora.merge(base, adapters, on_loss="no")
     with pytest.raises(OptionError, match=r"no place for layer 'encoder\.0'"):
         clora.bind({"other": base["head"]}, adapters)
+
+
+def test_shapes_are_refused_while_tracing_by_the_leafs_path() -> None:
+    base, adapters, history = lived(1)
+    batch = data(0)[0]
+    with pytest.raises(ShapeError, match=r"layer 'encoder\.0\.kernel'.*x \(24, 19\)"):
+        jax.jit(forward)(adapters, base, (batch[0][:, :19],))
+    bound = clora.bind(base, adapters)
+    with pytest.raises(ShapeError, match=r"head 'head\.kernel'.*x \(24, 20\).*d_in=24"):
+        jax.jit(lambda x: x @ bound["head"]["kernel"])(batch[0])
+    mixed = clora.rows(adapters, history, ["task-0"] * 3)
+    with pytest.raises(ShapeError, match=r"layer 'encoder\.0\.kernel'"):
+        jax.jit(forward)(mixed, base, batch)
+    half = clora.map_layers(lambda layer: jax.tree.map(lambda a: a.astype(jnp.bfloat16), layer), adapters)
+    with pytest.raises(DTypeError, match=r"layer 'encoder\.0\.kernel'.*bfloat16"):
+        jax.jit(forward)(half, base, batch)
+
+
+@pytest.mark.parametrize("factors", ["first-task", "every-task"])
+def test_buffers_may_be_donated(factors: str) -> None:
+    """A step that gives its adapters and state to the compiler: the same numbers, and snapshots that stay readable."""
+    base = params()
+    tx = clora.learning(ADAM)
+
+    def step(adapters: Any, state: Any, batch: Any) -> Any:
+        def loss(adapters: Any) -> Any:
+            return jnp.mean(forward(adapters, base, batch) ** 2)
+
+        updates, state = tx.update(jax.grad(loss)(adapters), state, adapters)
+        return optax.apply_updates(adapters, updates), state
+
+    results = []
+    for donate in ((), (0, 1)):
+        run, history, adapters = jax.jit(step, donate_argnums=donate), None, attach(base, factors=factors)
+        for task in range(3):
+            adapters = clora.begin_task(adapters)
+            state = tx.init(adapters)
+            for batch in data(task):
+                adapters, state = run(adapters, state, batch)
+            adapters, history = clora.end_task(adapters, history=history)
+        results.append((adapters, history.snapshots))
+    for a, b in zip(*map(jax.tree.leaves, results), strict=True):
+        assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize(

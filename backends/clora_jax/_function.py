@@ -57,6 +57,7 @@ def linear(
     second_order: bool = False,
     order: str | None = None,
     precision: Any = None,
+    name: str | None = None,
 ) -> Array:
     r"""The adapted layer :math:`y = x W^T + x (A R B)^T + b`, differentiable in all but R_old, forwards and backwards.
 
@@ -81,6 +82,8 @@ def linear(
     precision
         As `jax.lax.dot_general` takes it, for every product. None: JAX's default, which on a GPU rounds float32 to
         TF32, unless ``jax.default_matmul_precision`` says otherwise.
+    name : str, optional
+        Of the layer, for messages.
 
     Returns
     -------
@@ -98,7 +101,7 @@ def linear(
     Nothing of size d_out x d_in is made unless the plan is "merged". Half-precision x and W: the adapter's part is
     computed in the adapter's dtype and rounded once, into y. Rounding: `clora_core.bounds.linear`.
     """
-    check(x, W, adapter, bias, layout)
+    check(x, W, adapter, bias, layout, name)
     y_dtype = jnp.result_type(x, W)
     own = adapter.R_old.ndim > 2 or adapter.R_delta.ndim > 2
     if own or second_order:
@@ -277,12 +280,13 @@ def _rows(x: Array, adapter: core.Adapter, stop_old: bool, precision: Any) -> Ar
     return old + dot(by(dot(x, B, 1), R_delta), A, 1)
 
 
-def check(x: Array, W: Array, adapter: core.Adapter, bias: Array | None, layout: str) -> None:
+def check(x: Array, W: Array, adapter: core.Adapter, bias: Array | None, layout: str, name: str | None = None) -> None:
     """What is static must fit; said before anything is computed."""
+    where = "clora_jax.linear" if name is None else f"clora_jax, layer {name!r}"
     if layout not in LAYOUTS:
         raise OptionError(
             message(
-                "clora_jax.linear",
+                where,
                 "unknown layout",
                 got=repr(layout),
                 needed=" or ".join(map(repr, LAYOUTS)),
@@ -294,7 +298,7 @@ def check(x: Array, W: Array, adapter: core.Adapter, bias: Array | None, layout:
     if len(set(wide)) > 1 or wide[0] not in (jnp.float32, jnp.float64):
         raise DTypeError(
             message(
-                "clora_jax.linear",
+                where,
                 "the adapter's arrays are not all float32 or all float64",
                 got=", ".join(f"{n} {d}" for n, d in zip(adapter._fields, wide, strict=True)),
                 needed="one of the two",
@@ -314,7 +318,7 @@ def check(x: Array, W: Array, adapter: core.Adapter, bias: Array | None, layout:
         axes = layout.replace("out", "d_out").replace("in", "d_in")
         raise ShapeError(
             message(
-                "clora_jax.linear",
+                where,
                 "the shapes do not fit together",
                 got=", ".join(f"{name} {tuple(array.shape)}" for name, array in parts.items()),
                 needed=f"x (..., d_in), W ({axes}), A (d_out, r), R (r, r), B (r, d_in), bias (d_out,)",

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import clora_core as core
-from clora_core.errors import OptionError, StateError, message
+from clora_core.errors import OptionError, ShapeError, StateError, message
 
 from ._function import delta, linear
 
@@ -124,9 +124,10 @@ class Layer:
         """The layer's output (..., d_out) for x (..., d_in); W and bias as the model has them. A head needs neither."""
         adapter = self.still()
         if self.info.kind == "head":
-            y = _head(x, core.routing(adapter, xp=jnp), self.info.bias is not None, precision)
+            y = _head(x, core.routing(adapter, xp=jnp), self.info, precision)
         else:
-            how = {"layout": self.info.layout, "stop_old": self.info.stop_old, "second_order": second_order}
+            info = self.info
+            how = {"layout": info.layout, "stop_old": info.stop_old, "second_order": second_order, "name": info.leaf}
             y = linear(x, W, adapter, bias, precision=precision, **how)
         return y if self.tap is None else _observed(y, x, self)
 
@@ -163,14 +164,27 @@ def layers(tree: Tree) -> dict[str, Layer]:
     return found
 
 
-def _head(x: Array, V: Array, bias: bool, precision: Any) -> Array:
+def _head(x: Array, V: Array, info: Info, precision: Any) -> Array:
     """Logits by [weight, bias], or by one of each row's own."""
+    bias = info.bias is not None
+    d_in = V.shape[-1] - bias
+    rows = V.shape[0] if V.ndim == 3 else None
+    if x.ndim < 1 or x.shape[-1] != d_in or (rows is not None and x.shape[0] != rows):
+        raise ShapeError(
+            message(
+                f"clora_jax, head {info.leaf!r}",
+                "the shapes do not fit together",
+                got=f"x {tuple(x.shape)}",
+                needed=f"x (..., d_in={d_in})" if rows is None else f"x ({rows} rows, ..., d_in={d_in})",
+                cause="inputs of another layer, or another number of rows than rows() was given",
+                fix="pass the classifier's inputs",
+            )
+        )
     W = (V[..., :-1] if bias else V).astype(x.dtype)
     if V.ndim == 2:
         y = lax.dot_general(x, W, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
         return y + V[:, -1].astype(y.dtype) if bias else y
-    rows = x.reshape(x.shape[0], -1, x.shape[-1])
-    y = jnp.matmul(rows, W.mT, precision=precision)
+    y = jnp.matmul(x.reshape(x.shape[0], -1, d_in), W.mT, precision=precision)
     y = y + V[:, None, :, -1].astype(y.dtype) if bias else y
     return y.reshape(*x.shape[:-1], V.shape[-2])
 
@@ -374,13 +388,13 @@ def bind(params: Tree, adapters: Tree, *, materialize: bool = False) -> Tree:
                 )
             )
         if info.kind == "head":
-            V = core.routing(layer.still(), xp=jnp)
             if not materialize:
                 # The bias is of a head's output, so it goes into the product, and zeros into its own place.
                 leaves[names[info.leaf]] = Kernel(W, layer)
                 if info.bias is not None:
-                    leaves[names[info.bias]] = jnp.zeros(V.shape[-2:-1], W.dtype)
+                    leaves[names[info.bias]] = jnp.zeros(layer.adapter.R_old.shape[-2:-1], W.dtype)
                 continue
+            V = core.routing(layer.still(), xp=jnp)
             weight, b = (V[:, :-1], V[:, -1]) if info.bias is not None else (V, None)
             leaves[names[info.leaf]] = (weight.T if info.layout == "in,out" else weight).astype(W.dtype)
             if info.bias is not None and b is not None:

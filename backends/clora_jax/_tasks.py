@@ -140,9 +140,11 @@ def _fold(layer: Layer) -> Layer:
 
 
 def _snapshot(layer: Layer) -> core.Adapter:
+    """Copies: a step that is given its adapters by donation would take the snapshot along."""
     A, R_old, R_delta, B = layer.adapter
-    moving = layer.info.factors == "every-task"
-    return core.Adapter(A if moving else None, R_old, R_delta, B if moving else None)
+    if layer.info.factors != "every-task":
+        A = B = None
+    return jax.tree.map(jnp.copy, core.Adapter(A, R_old, R_delta, B))
 
 
 # --- memory ------------------------------------------------------------------------------------------------------

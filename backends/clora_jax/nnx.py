@@ -6,6 +6,7 @@ Kernels, biases and names stay as they are: only a layer's class is exchanged, a
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,11 +20,14 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+import clora_store as store
 from clora_core.errors import StateError, message
 
 from ._attach import Pattern, _check, _find, _nothing, make_head, make_layer, matches, place
 from ._errors import option_error
 from ._layer import Layer, Tree, layers
+from ._store import load as load_onto
+from ._tasks import History
 
 KEY = "clora"  # the attribute that holds a layer's adapter
 
@@ -157,14 +161,44 @@ def adapters(model: nnx.Module) -> dict[str, Layer]:
 
 
 def update(model: nnx.Module, adapters: Tree) -> None:
-    """Put adapters back into a model, in place."""
-    given = layers(adapters)
+    """Put adapters into a model, in place: new ones into layers that are adapted, else the layers are exchanged first.
+
+    Raises
+    ------
+    OptionError
+        An adapter whose layer the model does not have, or has in another shape, or that can't be adapted.
+    """
+    wanted = layers(adapters)
+    modules = {f"{name}.kernel".removeprefix("."): module for name, module in _modules(model)}
+    for name, layer in wanted.items():
+        module = modules.get(layer.info.leaf)
+        if module is None or _matrix(module) != layer.info.shape:
+            got = "none" if module is None else f"one of {_matrix(module)}"
+            fix, cause = "put adapters on the model they were made for", "another model"
+            needed = f"a linear layer of {layer.info.shape}"
+            raise option_error("nnx.update", f"the model has no such layer {name!r}", got, needed, fix, cause)
+        if not hasattr(module, KEY):
+            _refuse(layer.info.leaf, module)
+    for layer in wanted.values():
+        module = modules[layer.info.leaf]
+        if hasattr(module, KEY):
+            getattr(module, KEY).set_value(layer)
+        else:
+            _exchange(module, layer)
+
+
+def load(
+    model: nnx.Module, folder: str | os.PathLike[str] | store.State, **options: Any
+) -> tuple[dict[str, Layer], History]:
+    """Adapters from a folder that any framework of clora wrote, put on a model in place; see `clora_jax.load`."""
+    params: dict[str, Any] = {}
     for name, module in _modules(model):
-        if hasattr(module, KEY) and getattr(module, KEY).get_value().info.name in given:
-            getattr(module, KEY).set_value(given[getattr(module, KEY).get_value().info.name])
-        elif hasattr(module, KEY):
-            needed = ", ".join(map(repr, given))
-            raise option_error("nnx.update", f"no adapter for {name!r}", needed, repr(name), "pass all of them")
+        params[f"{name}.kernel".removeprefix(".")] = module.kernel.get_value().reshape(_matrix(module))
+        if module.bias is not None:
+            params[f"{name}.bias".removeprefix(".")] = module.bias.get_value().reshape(-1)
+    loaded, history = load_onto(folder, params, **options)
+    update(model, loaded)
+    return loaded, history
 
 
 def bind(graphdef: nnx.GraphDef[Any], state: Any, adapters: Tree) -> Any:
