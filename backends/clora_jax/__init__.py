@@ -9,23 +9,16 @@ from ._missing import need
 need("jax", "optax", where="clora_jax", extra="jax")
 
 from ._attach import attach
+from ._bind import Kernel, bind
 from ._function import apply, delta, linear
-from ._layer import Info, Kernel, Layer, bind, layers, map_layers, padding
+from ._history import History, restore, rows
+from ._layer import Info, Layer, layers, map_layers
 from ._merge import Merged, merge, unmerge
+from ._observe import observe, second_moments
 from ._protect import full, learning, protect
 from ._store import export_peft, load, save
-from ._tasks import (
-    History,
-    begin_task,
-    drift,
-    end_task,
-    expand,
-    observe,
-    penalty,
-    restore,
-    rows,
-    second_moments,
-)
+from ._taps import padding
+from ._tasks import begin_task, drift, end_task, expand, penalty
 
 __all__ = [
     "History",

@@ -1,11 +1,9 @@
-"""One adapted layer as a pytree node, the arrays it stands beside, and how both are used in a forward pass."""
+"""One adapted layer as a pytree node, and its place in the model's own tree."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +11,11 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 import clora_core as core
-from clora_core.errors import OptionError, ShapeError, StateError, message
+from clora_core.errors import MomentsIncomplete, OptionError, ShapeError, message
 
-from ._function import delta, linear
+from ._errors import state_error
+from ._function import linear
+from ._taps import observed
 
 Tree = Any
 
@@ -129,7 +129,10 @@ class Layer:
             info = self.info
             how = {"layout": info.layout, "stop_old": info.stop_old, "second_order": second_order, "name": info.leaf}
             y = linear(x, W, adapter, bias, precision=precision, **how)
-        return y if self.tap is None else _observed(y, x, self)
+        if self.tap is None:
+            return y
+        B = None if self.adapter.B is None else self.whole().B
+        return observed(y, x, B, self.tap, name=self.info.name, constant=self.info.bias is not None)
 
 
 def is_layer(node: Any) -> bool:
@@ -189,145 +192,6 @@ def _head(x: Array, V: Array, info: Info, precision: Any) -> Array:
     return y.reshape(*x.shape[:-1], V.shape[-2])
 
 
-# --- second moments ----------------------------------------------------------------------------------------------
-
-PADDING: ContextVar[Array | None] = ContextVar("padding", default=None)
-MASKED: ContextVar[list[str] | None] = ContextVar("masked", default=None)
-
-
-@contextmanager
-def padding(mask: Array | None) -> Any:
-    """Within a forward pass that is observed: rows where ``mask`` is 0 are padding, and not remembered.
-
-    A layer whose input has the mask's shape and one axis more is masked by it.
-    """
-    token = PADDING.set(mask)
-    try:
-        yield
-    finally:
-        PADDING.reset(token)
-
-
-def _observed(y: Array, x: Array, layer: Layer) -> Array:
-    """y; going back through it, the second moment of u arrives at the layer's tap."""
-    mask = PADDING.get()
-    if mask is not None and mask.shape == x.shape[:-1]:
-        hit = MASKED.get()
-        if hit is not None:
-            hit.append(layer.info.name)
-        weights = mask
-    else:
-        weights = jnp.ones(x.shape[:-1], bool)
-    assert layer.tap is not None
-    wide = layer.tap[0].dtype
-    if layer.info.kind == "head":
-        u = x.astype(wide)
-        u = jnp.concatenate([u, jnp.ones((*u.shape[:-1], 1), wide)], axis=-1) if layer.info.bias else u
-    else:
-        B = layer.adapter.B if layer.spare is None else jnp.concatenate([layer.adapter.B, layer.spare[1]])
-        u = x.astype(B.dtype) @ B.mT
-    u = lax.stop_gradient(u)
-    # Zero, but of u: under vmap and shard_map the taps then differ from row to row and device to device, as u does, and
-    # what comes back is summed over these.
-    nothing = u.reshape(-1)[:0].sum().astype(wide)
-    return _tap(y, u, weights + nothing, jax.tree.map(lambda tap: tap + nothing, layer.tap))
-
-
-@jax.custom_vjp
-def _tap(y: Array, u: Array, weights: Array, tap: tuple[Array, Array]) -> Array:
-    return y
-
-
-def _tap_forward(y: Array, u: Array, weights: Array, tap: tuple[Array, Array]) -> Any:
-    return y, (u.astype(tap[0].dtype), weights)
-
-
-def _tap_backward(kept: Any, grad_y: Array) -> Any:
-    u, weights = kept
-    u, weights = u.reshape(-1, u.shape[-1]), weights.reshape(-1)
-    C = jnp.matmul((u * weights[:, None]).T, u, precision=lax.Precision.HIGHEST)
-    return grad_y, None, None, ((C + C.T) / 2, weights.sum())
-
-
-_tap.defvjp(_tap_forward, _tap_backward)
-
-
-# --- beside the model's own arrays -------------------------------------------------------------------------------
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """A weight with its adapter, in the weight's place: ``x @ kernel`` (or ``kernel @ x``) is the adapted layer.
-
-    The low-rank path goes by x: no product of the weight's size is made, unless the plan says so. Everything else that
-    is done with a weight needs an array: ``bind(..., materialize=True)``.
-    """
-
-    weight: Array
-    layer: Layer
-    turned: bool = dataclasses.field(default=False, metadata={"static": True})
-    __array_ufunc__ = None  # NumPy arrays leave x @ kernel to us
-
-    @property
-    def T(self) -> Kernel:
-        """The other way round; nothing is computed."""
-        return dataclasses.replace(self, turned=not self.turned)
-
-    mT = T
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.weight.shape[::-1] if self.turned else self.weight.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.weight.ndim
-
-    @property
-    def dtype(self) -> Any:
-        return self.weight.dtype
-
-    def astype(self, dtype: Any) -> Kernel:
-        """The weight in another dtype; the adapter stays as it is."""
-        return dataclasses.replace(self, weight=self.weight.astype(dtype))
-
-    @property
-    def _takes_rows(self) -> bool:
-        return (self.layer.info.layout == "in,out") != self.turned
-
-    def __rmatmul__(self, x: Any) -> Array:
-        if not self._takes_rows:
-            raise self._wrong_side("x @ kernel")
-        return self.layer(jnp.asarray(x), self.weight)
-
-    def __matmul__(self, x: Any) -> Array:
-        if self._takes_rows:
-            raise self._wrong_side("kernel @ x")
-        x = jnp.asarray(x)
-        return self.layer(x, self.weight) if x.ndim == 1 else self.layer(x.mT, self.weight).mT
-
-    def _wrong_side(self, used: str) -> StateError:
-        return StateError(
-            message(
-                "clora_jax.bind",
-                f"the weight {self.layer.info.leaf!r} is multiplied from its other side",
-                got=f"{used} with {self.shape}",
-                needed="inputs of the layer, on the side of its inputs",
-                cause="a weight used twice, as with tied embeddings, or a wrong layout",
-                fix="pass layout= to attach, or bind(..., materialize=True)",
-            )
-        )
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise AttributeError(
-            f"clora_jax.bind: the adapted weight {self.layer.info.leaf!r} has no {name!r}: only `x @ kernel` is known "
-            "to it. Fix: bind(..., materialize=True) gives an array, at the cost of one product of its size."
-        )
-
-
 def path_name(path: Any) -> str:
     """A leaf's path with dots: of dicts, lists, modules and nnx variables alike."""
     parts = []
@@ -343,66 +207,8 @@ def path_name(path: Any) -> str:
 
 def flatten(params: Tree) -> tuple[dict[str, int], list[Any], Any]:
     """Leaf's name -> its number, the leaves, the treedef."""
-    paths, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=lambda node: isinstance(node, Kernel))
+    paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     return {path_name(path): i for i, (path, _) in enumerate(paths)}, [leaf for _, leaf in paths], treedef
-
-
-def bind(params: Tree, adapters: Tree, *, materialize: bool = False) -> Tree:
-    """The model's params with each adapted weight standing for the adapted layer: what the model's code is called with.
-
-    Parameters
-    ----------
-    params : pytree
-        The one that `attach` was given, or its like; it is not changed.
-    adapters : pytree of Layer
-    materialize : bool
-        False: adapted weights become `Kernel` objects, which know ``x @ kernel`` and ``kernel @ x`` (equinox's layers,
-        models written out). True: they become arrays W + A R B, with the derivatives of `linear`, for code that does
-        something else with them (flax.linen, einsum); they can't be observed then.
-
-    Returns
-    -------
-    pytree of the structure of params
-
-    Raises
-    ------
-    OptionError
-        A layer that params do not have, or have in another shape.
-    """
-    names, leaves, treedef = flatten(params)
-    for layer in layers(adapters).values():
-        info = layer.info
-        W = leaves[find(names, leaves, info)]
-        if not materialize and info.kind == "linear":
-            leaves[names[info.leaf]] = Kernel(W, layer)
-            continue
-        if layer.tap is not None and materialize:
-            raise StateError(
-                message(
-                    "clora_jax.observe",
-                    "arrays can't be observed",
-                    got="bind(..., materialize=True)",
-                    needed="the inputs of the layers",
-                    cause="a forward pass that materialises the weights",
-                    fix="observe with materialize=False, or through the modules of clora_jax.nnx or clora_jax.equinox",
-                )
-            )
-        if info.kind == "head":
-            if not materialize:
-                # The bias is of a head's output, so it goes into the product, and zeros into its own place.
-                leaves[names[info.leaf]] = Kernel(W, layer)
-                if info.bias is not None:
-                    leaves[names[info.bias]] = jnp.zeros(layer.adapter.R_old.shape[-2:-1], W.dtype)
-                continue
-            V = core.routing(layer.still(), xp=jnp)
-            weight, b = (V[:, :-1], V[:, -1]) if info.bias is not None else (V, None)
-            leaves[names[info.leaf]] = (weight.T if info.layout == "in,out" else weight).astype(W.dtype)
-            if info.bias is not None and b is not None:
-                leaves[names[info.bias]] = b.astype(W.dtype)
-            continue
-        update = delta(layer.still(), layout=info.layout, stop_old=info.stop_old)
-        leaves[names[info.leaf]] = (W.astype(update.dtype) + update).astype(W.dtype)
-    return jax.tree.unflatten(treedef, leaves)
 
 
 def find(names: dict[str, int], leaves: list[Any], info: Info) -> int:
@@ -422,3 +228,23 @@ def find(names: dict[str, int], leaves: list[Any], info: Info) -> int:
             )
         )
     return number
+
+
+def need_moments(adapters: Tree, verb: str, *, complete: bool = True) -> None:
+    """Second moments must be there, and cover every task: known from what is static, so also said while tracing."""
+    for name, layer in layers(adapters).items():
+        if layer.moments is None:
+            fix = "attach with factors='first-task' or 'never'"
+            what = "the factors learn in every task, so second moments are stale"
+            raise state_error(verb, what, "factors='every-task'", fix)
+        if complete and not layer.info.complete:
+            raise MomentsIncomplete(
+                message(
+                    f"clora_jax.{verb}",
+                    f"layer {name!r} has not seen every finished task in every direction that is in use",
+                    got="a task ended without observed=, or a rank grown beyond max_rank",
+                    needed="end_task(adapters, observe(...)) at the end of every task",
+                    cause="observe left out",
+                    fix="observe every task; attach with max_rank= to grow",
+                )
+            )

@@ -12,8 +12,7 @@ import optax
 import clora_core as core
 
 from ._errors import option_error
-from ._layer import Layer, Tree, is_layer, layers, map_layers
-from ._tasks import _need
+from ._layer import Layer, Tree, is_layer, layers, map_layers, need_moments
 
 
 def _labels(found: dict[str, Layer]) -> Tree:
@@ -101,7 +100,7 @@ def protect(
     inner: Any = learning(tx)
 
     def init(params: Tree) -> Any:
-        _need(params, "protect")
+        need_moments(params, "protect")
         return Protected(inner.init(params), {n: basis(layer) for n, layer in layers(params).items()})
 
     def basis(layer: Layer) -> core.Basis:

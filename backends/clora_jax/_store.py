@@ -18,8 +18,8 @@ from clora_core.errors import ShapeError, message
 
 from ._attach import NAMES, _put, place, shardings
 from ._errors import option_error
+from ._history import History
 from ._layer import Info, Layer, Tree, flatten, layers
-from ._tasks import History
 
 
 def save(

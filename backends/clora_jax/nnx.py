@@ -25,9 +25,9 @@ from clora_core.errors import StateError, message
 
 from ._attach import Pattern, _check, _find, _nothing, make_head, make_layer, matches, place
 from ._errors import option_error
+from ._history import History
 from ._layer import Layer, Tree, layers
 from ._store import load as load_onto
-from ._tasks import History
 
 KEY = "clora"  # the attribute that holds a layer's adapter
 
