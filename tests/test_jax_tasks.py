@@ -69,7 +69,10 @@ def test_attach_and_the_boundary_change_no_bit(factors: str, scheme: str) -> Non
     adapters = attach(base, factors=factors, scheme=scheme, max_rank=10)
     x = data(0)[0]
     jitted = jax.jit(forward)
-    assert np.array_equal(jitted(adapters, base, x), model(base, x[0])) or scheme != "lora"
+    if scheme == "lora":
+        assert all(np.array_equal(layer.adapter.R_delta, np.eye(8)) for n, layer in adapters.items() if n != "head")
+        begun = clora.begin_task(adapters)["encoder.0"].adapter
+        assert np.array_equal(begun.R_delta, np.eye(8)), "the start must stay learnable"
     within(jitted(adapters, base, x), model(base, x[0]), adapters, base, x)
     run, history = Run(clora.learning(ADAM)), None
     for task in range(2):
@@ -112,12 +115,15 @@ def test_exactly_what_learns_is_changed(factors: str) -> None:
 def test_plain_lora_is_a_setting() -> None:
     base = params()
     lora = {"factors": "every-task", "scheme": "lora", "stop_old": False, "train_routing": False}
-    adapters, run = attach(base, heads=(), **lora), Run(clora.learning(optax.sgd(1e-2)))
+    adapters, run, history = attach(base, heads=(), **lora), Run(clora.learning(optax.sgd(1e-2))), None
     for task in range(2):
-        adapters, _ = run.learn(adapters, base, None, task, observe=False)
+        adapters, history = run.learn(adapters, base, history, task, observe=False)
         for layer in adapters.values():
             assert np.array_equal(core.routing(layer.adapter, xp=jnp), np.eye(8))
     assert np.any(adapters["encoder.0"].adapter.A)
+    # A and B learn through the whole R: none of their gradient is zero, though R_delta is.
+    grads = jax.grad(lambda a: jnp.sum(forward(a, base, data(0)[0]) ** 2))(adapters)
+    assert all(np.any(g.adapter.A) and np.any(g.adapter.B) and not np.any(g.adapter.R_delta) for g in grads.values())
 
 
 @settings(max_examples=kit.examples(12))
@@ -159,7 +165,7 @@ def test_moments_through_scan_vmap_and_checkpoint() -> None:
             assert np.all(np.abs(C - want[name]) <= 2 * float(kit.gamma(400, "float32")) * (size.T @ size) / len(size))
 
     square = {"kernel": jnp.stack([base["encoder"][0]["kernel"][:16, :16]] * 3)}
-    stacked = jax.vmap(lambda tree: clora.attach(tree, rank=3, seed=1))(square)
+    stacked = clora.attach(square, rank=3, targets=(), stacked="kernel", seed=1)
 
     def scanned(adapters: Any, base: Any, x: Any) -> Any:
         return jax.lax.scan(lambda x, pair: (jnp.tanh(x @ clora.bind(*pair)["kernel"]), None), x, (base, adapters))[0]
@@ -177,7 +183,8 @@ def test_moments_through_scan_vmap_and_checkpoint() -> None:
     for i, u in enumerate(unrolled(stacked, square, x)):
         assert float(sums[1][i]) == len(x)
         limit = float(kit.gamma(300, "float32")) * (abs(u).T @ abs(u))
-        assert np.all(np.abs(sums[0][i] - u.T @ u) <= limit + 1e-5 * float(jnp.abs(u).max()) ** 2)
+        # Layer i has seen i layers before it, each within the rounding of 80 terms of its own size, tanh below 1.
+        assert np.all(np.abs(sums[0][i] - u.T @ u) <= limit + 2.0**-16 * len(x))
 
 
 def test_padding_is_left_out() -> None:
@@ -191,8 +198,7 @@ def test_padding_is_left_out() -> None:
 
     def by_row(adapters: Any, base: Any, batch: Any) -> Any:
         def one(x: Any, mask: Any) -> Any:
-            with clora.padding(mask):
-                return run(adapters, base, {"x": x})
+            return run(clora.masked(adapters, mask), base, {"x": x})
 
         return jax.vmap(one)(batch["x"], batch["mask"])
 
@@ -290,7 +296,7 @@ def test_the_applied_update_does_not_leak() -> None:
     leaks = {}
     for name, tx in {"protected": clora.protect(ADAM, energy=0.9), "plain": clora.learning(ADAM)}.items():
         run = Run(tx)
-        bases = clora.protect(ADAM, energy=0.9).init(adapters).bases
+        bases = dict(zip(adapters, clora.protect(ADAM, energy=0.9).init(adapters).bases, strict=True))
         now = clora.begin_task(adapters)
         state = tx.init(now)
         batches = data(2)
@@ -306,7 +312,11 @@ def test_the_applied_update_does_not_leak() -> None:
         leaks[name] = worst
     assert leaks["protected"] < 1e-6, leaks
     assert leaks["plain"] > 0.1, leaks
-    assert clora.full(clora.protect(ADAM, energy=1.0).init(adapters))
+    assert clora.full(clora.protect(ADAM, energy=1.0).init(adapters), adapters)[:2] == ["encoder.0", "encoder.1"]
+    assert clora.full(clora.protect(ADAM, energy=0.5).init(adapters), adapters) == []
+    bases = clora.protect(ADAM, energy=0.2, head_energy=0.999).init(adapters).bases
+    counts = dict(zip(adapters, (int(basis.weights.sum()) for basis in bases), strict=True))
+    assert counts["head"] > 5 > counts["encoder.0"]
 
 
 @pytest.mark.parametrize("factors", ["first-task", "never"])
@@ -329,7 +339,7 @@ def test_nothing_is_traced_anew_from_task_to_task(factors: str) -> None:
         counts.append((run.traces, seen))
     # In the first task nothing is finished yet: the rules of a layer change once, with its end.
     assert counts[1:] == [counts[1]] * 19, counts
-    assert counts[1] <= (2, 2)
+    assert max(counts[1]) <= 2
 
 
 def test_restore_rows_and_coming_back() -> None:
@@ -356,6 +366,15 @@ def test_restore_rows_and_coming_back() -> None:
         clora.restore(adapters, history, "x")
     with pytest.raises(StateError, match="higher rank"):
         clora.rows(clora.restore(grown, history, "task-0"), clora.end_task(grown, history=history)[1], ["task-3"])
+    mixed = clora.rows(adapters, history, ["task-0"] * 24)
+    grads = jax.grad(lambda a: jnp.sum(forward(a, base, batch) ** 2))(mixed)
+    assert not any(np.any(g.adapter.R_old) for g in grads.values()), "nothing learns in rows"
+    other = {
+        name: clora.Layer(layer.adapter, layer.moments, layer.spare, layer.info._replace(name=f"x.{name}"))
+        for name, layer in adapters.items()
+    }
+    with pytest.raises(StateError, match=r"knows no layer 'x\.encoder"):
+        clora.restore(other, history, "task-0")
 
 
 def test_growing() -> None:
@@ -451,9 +470,9 @@ def test_wrong_calls_are_refused_and_nothing_is_lost() -> None:
     with pytest.raises(StateError, match=r"finished already.*'task-0'"):
         clora.end_task(adapters, history=history, name="task-0")
     with pytest.raises(StateError, match="no text"):
-        clora.end_task(adapters, name=3)  # type: ignore[arg-type]
+        clora.end_task(adapters, history=history, name=3)  # type: ignore[arg-type]
     with pytest.raises(StateError, match="other layers were observed"):
-        clora.end_task(adapters, {"x": jnp.zeros((2, 2))})
+        clora.end_task(adapters, {"x": jnp.zeros((2, 2))}, history=history)
     spoiled = clora.map_layers(
         lambda layer: clora.Layer(
             layer.adapter._replace(R_delta=layer.adapter.R_delta.at[0, 0].set(jnp.nan)),
@@ -596,3 +615,267 @@ def test_kernels_from_either_side() -> None:
         kernel.reshape(15)
     with pytest.raises(TypeError):
         jnp.dot(x, kernel)
+
+
+# --- what a hostile reader found ---------------------------------------------------------------------------------
+
+
+def single(dtype: Any = jnp.float32, **options: Any) -> Any:
+    """One layer q (5, 6), its adapter away from zero, and a batch."""
+    rng = np.random.default_rng(0)
+    base = {"q": {"kernel": jnp.asarray(rng.standard_normal((6, 5)), dtype)}}
+    adapters = clora.attach(base, **{"rank": 2, "seed": 1, **options})
+    R = jnp.asarray(rng.standard_normal((2, 2)), jnp.float32)
+    q = adapters["q"]
+    moved = {"q": clora.Layer(q.adapter._replace(R_old=R, R_delta=R[::-1]), q.moments, q.spare, q.info)}
+    return base, moved, jnp.asarray(rng.standard_normal((8, 6)), jnp.float32)
+
+
+def through(adapters: Any, base: Any, x: Any) -> Any:
+    return x @ clora.bind(base, adapters)["q"]["kernel"]
+
+
+@pytest.mark.parametrize("stop_old", [False, True])
+@pytest.mark.parametrize("materialize", [False, True])
+def test_bound_weights_follow_the_layers_rules(stop_old: bool, materialize: bool) -> None:
+    """stop_old through bind: gradients of A and B are those of `linear` by that rule; scale is folded into A."""
+    base, adapters, x = single(stop_old=stop_old, scale=2.0)
+    plain = clora.attach(base, rank=2, seed=1)
+    assert np.array_equal(adapters["q"].adapter.A, 2 * plain["q"].adapter.A)
+    assert np.array_equal(adapters["q"].adapter.B, plain["q"].adapter.B)
+    grads = jax.grad(lambda a: jnp.sum(x @ clora.bind(base, a, materialize=materialize)["q"]["kernel"]))(adapters)
+    A, R_old, R_delta, B = wide(adapters["q"].adapter)
+    R = R_delta if stop_old else R_old + R_delta
+    g, rows = np.ones((8, 5)), np.asarray(x, np.float64)
+    for name, want, size in (
+        ("A", g.T @ rows @ B.T @ R.T, abs(g).T @ abs(rows) @ abs(B).T @ abs(R).T),
+        ("B", R.T @ A.T @ g.T @ rows, abs(R).T @ abs(A).T @ abs(g).T @ abs(rows)),
+    ):
+        got = np.asarray(getattr(grads["q"].adapter, name), np.float64)
+        assert np.all(np.abs(got - want) <= float(kit.gamma(100, "float32")) * size), name
+
+
+def test_what_does_not_learn_has_no_gradient() -> None:
+    base, adapters, x = single(factors="never")
+    grads = jax.grad(lambda a: jnp.sum(through(a, base, x)))(adapters)["q"]
+    assert np.any(grads.adapter.R_delta)
+    assert not any(np.any(a) for a in (grads.adapter.A, grads.adapter.R_old, grads.adapter.B))
+
+
+def test_second_order_by_an_option_of_attach() -> None:
+    """A gradient penalty while A and B learn."""
+
+    def twice(adapters: Any, base: Any, x: Any) -> Any:
+        return jax.grad(lambda a: jnp.sum(jax.grad(lambda x: jnp.sum(through(a, base, x) ** 2))(x) ** 2))(adapters)
+
+    base, adapters, x = single()
+    with pytest.raises(StateError, match="second_order=True"):
+        twice(adapters, base, x)
+    base, adapters, x = single(second_order=True)
+    assert np.any(twice(adapters, base, x)["q"].adapter.A)
+
+
+def test_layers_of_one_name_are_told_and_ensembles_learn_apart() -> None:
+    base, _, x = single()
+    members = [clora.attach(base, rank=2, seed=i) for i in range(3)]
+    tx = clora.learning(optax.sgd(1.0))
+    grads = jax.grad(lambda ms: sum(jnp.sum(through(m, base, x) ** 2) for m in ms))(members)
+    updates, _ = tx.update(grads, tx.init(members), members)
+    for update, grad in zip(updates, grads, strict=True):
+        assert np.array_equal(update["q"].adapter.R_delta, -grad["q"].adapter.R_delta)
+    with pytest.raises(OptionError, match=r"two layers have one name.*'q'"):
+        clora.drift(members)
+    with pytest.raises(OptionError, match=r"two arrays have one path.*'a\.b\.kernel'"):
+        clora.attach({"a.b": {"kernel": jnp.ones((3, 3))}, "a": {"b": {"kernel": jnp.ones((3, 3))}}}, rank=1)
+    both = clora.attach({"q": {"kernel": jnp.ones((3, 3)), "weight": jnp.ones((3, 3))}}, rank=1)
+    assert set(both) == {"q", "q.weight"}
+    odd = {"mlp/~/linear_0": {"w": jnp.ones((3, 4))}, "layer[0]": {"w": jnp.ones((3, 4))}}
+    names = ["mlp/~/linear_0.w", "layer[0].w"]
+    assert set(clora.attach(odd, rank=1, targets=names)) == set(names)
+
+
+def test_masks_reach_what_jax_has_compiled_before() -> None:
+    """A jitted model inside: another mask is no constant of it, nor is none."""
+    base, adapters, x = single(factors="never")
+    inner = jax.jit(through)
+
+    def run(adapters: Any, base: Any, batch: Any) -> Any:
+        return inner(adapters, base, batch["x"])
+
+    u = np.asarray(x, np.float64) @ np.asarray(adapters["q"].adapter.B, np.float64).T
+    size = float(kit.gamma(60, "float32")) * (abs(u).T @ abs(u))
+    for mask in (None, np.arange(8) < 3, np.arange(8) >= 3, None):
+        how = {} if mask is None else {"mask": lambda b: b["mask"]}
+        batch = {"x": x, "mask": jnp.asarray(np.ones(8, bool) if mask is None else mask)}
+        rows = u if mask is None else u[mask]
+        got = clora.observe(run, adapters, base, [batch], **how)["q"]
+        assert np.all(np.abs(got - rows.T @ rows / len(rows)) <= size)
+    spoiled = {"x": x.at[0].set(jnp.nan), "mask": jnp.arange(8) > 0}
+    assert np.all(np.isfinite(clora.observe(run, adapters, base, [spoiled], mask=lambda b: b["mask"])["q"]))
+    with pytest.raises(InvalidValueError, match=r"second moment of layer 'q' is none"):
+        clora.observe(run, adapters, base, [spoiled])
+    for wrong in (-np.eye(2), np.asarray([[1.0, 2.0], [0.0, 1.0]]), np.full((2, 2), np.nan)):
+        with pytest.raises(InvalidValueError, match=r"second moment of layer 'q' is none"):
+            clora.end_task(adapters, {"q": jnp.asarray(wrong, jnp.float32)})
+
+
+def test_heads_take_the_dtype_of_the_base() -> None:
+    base = {"h": {"kernel": jnp.asarray(np.random.default_rng(0).standard_normal((6, 3)), jnp.float32)}}
+    bound = clora.bind(base, clora.attach(base, rank=1, targets=(), heads="h"))
+    whole = jnp.arange(12).reshape(2, 6)
+    assert np.array_equal(whole @ bound["h"]["kernel"], whole @ base["h"]["kernel"])
+    half = whole.astype(jnp.bfloat16)
+    assert (half @ bound["h"]["kernel"]).dtype == (half @ base["h"]["kernel"]).dtype == jnp.float32
+    with jax.enable_x64(True):
+        base, adapters, _ = single()
+        x = jnp.asarray(np.random.default_rng(1).standard_normal((4, 6)))
+        exact = np.asarray(x) @ wide(base["q"]["kernel"]) + core.apply(np.asarray(x), wide(adapters["q"].adapter))
+        assert np.all(np.abs(through(adapters, base, x) - exact) <= 2.0**-20)
+        still = jax.tree.map(jnp.zeros_like, adapters["q"].adapter.R_old)
+        q = adapters["q"]
+        zero = {"q": clora.Layer(q.adapter._replace(R_old=still, R_delta=still), q.moments, q.spare, q.info)}
+        assert np.array_equal(through(zero, base, x), x @ base["q"]["kernel"])
+
+
+def test_materialised_half_precision_keeps_the_update() -> None:
+    base, adapters, _ = single(jnp.bfloat16)
+    q = adapters["q"]
+    tiny = {"q": clora.Layer(jax.tree.map(lambda a: a * 2.0**-4, q.adapter), q.moments, q.spare, q.info)}
+    W = clora.bind(base, tiny, materialize=True)["q"]["kernel"]
+    dW = core.delta(wide(tiny["q"].adapter)).T
+    assert np.all(np.abs(np.asarray(W, np.float64) - wide(base["q"]["kernel"].astype(jnp.float32)) - dW) <= 2.0**-22)
+
+
+def test_histories_that_are_forgotten_or_wrong_are_told(tmp_path: Any) -> None:
+    base, adapters, history = lived(2)
+    with pytest.raises(StateError, match=r"history of earlier tasks is missing"):
+        clora.end_task(clora.begin_task(adapters))
+    with pytest.raises(StateError, match=r"the history is missing"):
+        clora.save(tmp_path / "a", adapters)
+    with pytest.raises(StateError, match=r"those of an earlier task.*restore the last task first"):
+        clora.save(tmp_path / "a", clora.restore(adapters, history, "task-0"), history)
+    mixed = {**attach(base, factors="never", heads=()), "z": attach(base, heads=())["encoder.0"].with_info(name="z")}
+    with pytest.raises(StateError, match="one set of rules"):
+        clora.save(tmp_path / "a", mixed)
+    assert not (tmp_path / "a").exists()
+    grown = clora.expand(adapters, 1, seed=0)
+    clora.save(tmp_path / "a", grown, history)
+    loaded, _ = clora.load(tmp_path / "a", base)
+    assert [layer.info.complete for layer in loaded.values()] == [False, False, True]
+    with pytest.raises(StateError, match="under jit"):
+        jax.jit(lambda a: clora.end_task(a, history=history)[0])(adapters)
+    tx = clora.learning(ADAM)
+    first = attach(base)
+    state = tx.init(first)
+    later = clora.end_task(first)[0]
+    with pytest.raises(StateError, match=r"tx.init\(adapters\)"):
+        tx.update(later, state, later)
+    with pytest.raises(StateError, match="different trees"):
+        tx.update({"head": first["head"]}, state, first)
+
+
+def test_a_saved_layout_is_kept(tmp_path: Any) -> None:
+    """A square weight under a name that says nothing."""
+    base = {"w": jnp.asarray(np.random.default_rng(0).standard_normal((5, 5)), jnp.float32)}
+    adapters = clora.attach(base, rank=2, targets="w", layout="out,in")
+    clora.save(tmp_path, adapters)
+    loaded, _ = clora.load(tmp_path, base)
+    assert loaded["w"].info.layout == "out,in"
+
+
+def test_donated_restorations_and_heads_leave_the_rest_alone() -> None:
+    _, adapters, history = lived(2)
+    eat = jax.jit(lambda a: jax.tree.map(lambda leaf: leaf + 1, a), donate_argnums=0)
+    eat(clora.restore(adapters, history, "task-0"))
+    assert np.all(np.isfinite(clora.restore(adapters, history, "task-0")["encoder.0"].adapter.R_old))
+    assert np.all(np.isfinite(adapters["encoder.0"].adapter.A))
+    alone = {"head": {"weight": jnp.ones((3, 6))}}
+    eat(clora.attach(alone, rank=1, targets=(), heads="head"))
+    assert np.array_equal(alone["head"]["weight"], np.ones((3, 6)))
+
+
+def test_directions_to_grow_into_are_alive() -> None:
+    """Also where LoRA's start has A = 0; orthogonal to those in use; those that torch draws."""
+    base = params()
+    lora = attach(base, heads=(), factors="every-task", scheme="lora", max_rank=12)
+    assert np.any(lora["encoder.0"].spare[0])
+    layer = attach(base, max_rank=12)["encoder.0"]
+    for factor in (layer.whole().A, layer.whole().B.T):
+        gram = np.asarray(factor, np.float64).T @ np.asarray(factor, np.float64)
+        assert np.all(np.abs(gram - np.eye(12)) <= float(core.bounds.orthonormal(32, 12, np.float32, xp=np)))
+
+
+def test_stacked_layers_live_through_tasks() -> None:
+    """A stack trained by scan equals its layers one by one: steps, moments, meter, penalty, growth, merging."""
+    rng = np.random.default_rng(0)
+    stack = {"block": {"kernel": jnp.asarray(rng.standard_normal((3, 8, 8)) / 3, jnp.float32)}}
+    x = jnp.asarray(rng.standard_normal((10, 8)), jnp.float32)
+    adapters = clora.attach(stack, rank=2, max_rank=3, targets=(), stacked="block", factors="never", seed=0)
+    assert adapters["block"].adapter.A.shape == (3, 8, 2)
+    assert not np.array_equal(adapters["block"].adapter.A[0], adapters["block"].adapter.A[1])
+
+    def scanned(adapters: Any, stack: Any, x: Any) -> Any:
+        return jax.lax.scan(lambda x, p: (jnp.tanh(x @ clora.bind(*p)["block"]["kernel"]), None), x, (stack, adapters))[
+            0
+        ]
+
+    def one(tree: Any, i: int) -> Any:
+        return jax.tree.map(lambda a: a[i], tree)
+
+    def unrolled(adapters: Any, stack: Any, x: Any) -> Any:
+        for i in range(3):
+            x = jnp.tanh(x @ clora.bind(one(stack, i), one(adapters, i))["block"]["kernel"])
+        return x
+
+    tx, history = clora.protect(optax.sgd(0.1), energy=0.5), None
+    for _ in range(2):
+        adapters = clora.begin_task(adapters)
+        state = tx.init(adapters)
+        for _ in range(3):
+            loss = lambda a: jnp.sum(scanned(a, stack, x) ** 2) + clora.penalty(a, 0.1)  # noqa: E731
+            updates, state = tx.update(jax.grad(loss)(adapters), state, adapters)
+            adapters = optax.apply_updates(adapters, updates)
+        observed = clora.observe(scanned, adapters, stack, [x])
+        assert observed["block"].shape == (3, 3, 3)
+        adapters, history = clora.end_task(adapters, observed, history=history)
+    error = np.abs(scanned(adapters, stack, x) - unrolled(adapters, stack, x))
+    assert np.all(error <= float(kit.gamma(200, "float32")) * 10)
+    parts = [wide((one(adapters["block"].adapter, i), one(adapters["block"].used(), i))) for i in range(3)]
+    assert clora.drift(adapters)["block"] == float(np.sum([core.drift(*part) for part in parts]))
+    assert np.any(adapters["block"].adapter.R_old)
+    back = clora.restore(clora.expand(adapters, 1), history, "task-1")
+    assert np.array_equal(scanned(back, stack, x), scanned(adapters, stack, x))
+    grown = clora.expand(adapters, 1)
+    assert grown["block"].adapter.B.shape == (3, 3, 8)
+    assert np.all(
+        np.abs(scanned(grown, stack, x) - scanned(adapters, stack, x)) <= float(kit.gamma(200, "float32")) * 10
+    )
+    merged = clora.merge(stack, adapters).params["block"]["kernel"]
+    dW = np.asarray(core.delta(wide(adapters["block"].adapter))).swapaxes(-1, -2)
+    assert np.all(np.abs(wide(merged) - wide(stack["block"]["kernel"]) - dW) <= 2.0**-20)
+    for verb in (lambda: clora.rows(adapters, history, ["task-0"]), lambda: clora.save("nowhere", adapters, history)):
+        with pytest.raises(StateError, match="is a stack of layers"):
+            verb()
+
+
+def test_kernels_refuse_what_only_arrays_can() -> None:
+    base, adapters, x = single()
+    kernel = clora.bind(base, adapters)["q"]["kernel"]
+    for wrong in (lambda: kernel[0], lambda: kernel + 1, lambda: 2 * kernel):
+        with pytest.raises(TypeError, match="materialize=True"):
+            wrong()
+    batch = jnp.stack([x, x + 1])
+    turned = clora.bind(
+        {"q": {"weight": base["q"]["kernel"].T}}, clora.attach({"q": {"weight": base["q"]["kernel"].T}}, rank=2)
+    )
+    left = turned["q"]["weight"] @ batch.mT
+    want = np.asarray(base["q"]["kernel"].T @ batch.mT)
+    assert left.shape == want.shape
+    assert np.all(np.abs(left - want) <= float(kit.gamma(30, "float32")) * 30)
+    with pytest.raises(OptionError, match="no place for layer"):
+        clora.bind(clora.bind(base, adapters), adapters)
+    q = adapters["q"]
+    huge = {"q": clora.Layer(q.adapter._replace(R_old=q.adapter.R_old * 1e6), q.moments, q.spare, q.info)}
+    half = jax.tree.map(lambda a: a.astype(jnp.float16), base)
+    with pytest.raises(InvalidValueError, match="merged weight of layer 'q' is not finite"):
+        clora.merge(half, huge)

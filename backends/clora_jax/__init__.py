@@ -14,10 +14,9 @@ from ._function import apply, delta, linear
 from ._history import History, restore, rows
 from ._layer import Info, Layer, layers, map_layers
 from ._merge import Merged, merge, unmerge
-from ._observe import observe, second_moments
+from ._observe import masked, observe, second_moments
 from ._protect import full, learning, protect
 from ._store import export_peft, load, save
-from ._taps import padding
 from ._tasks import begin_task, drift, end_task, expand, penalty
 
 __all__ = [
@@ -41,9 +40,9 @@ __all__ = [
     "linear",
     "load",
     "map_layers",
+    "masked",
     "merge",
     "observe",
-    "padding",
     "penalty",
     "protect",
     "restore",

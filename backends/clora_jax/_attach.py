@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import clora_core as core
 from clora_core.errors import RankError, ShapeError, message
@@ -35,12 +35,14 @@ def attach(
     exclude: Pattern | Iterable[Pattern] = (),
     ranks: Mapping[Pattern, int] | None = None,
     heads: Pattern | Iterable[Pattern] = (),
+    stacked: Pattern | Iterable[Pattern] = (),
     layout: str | None = None,
     factors: str = "first-task",
     scheme: str = "orthonormal",
     scale: float = 1.0,
     stop_old: bool = True,
     train_routing: bool = True,
+    second_order: bool = False,
     seed: int | np.random.Generator = 0,
 ) -> dict[str, Layer]:
     """C-LoRA adapters for weights of a model, beside its untouched params. The function does not change.
@@ -48,8 +50,8 @@ def attach(
     Parameters
     ----------
     params : pytree
-        Any: nested dicts, an equinox module, the state of an nnx module. Weights of two axes are adapted; those of
-        stacked layers (three axes) by `jax.vmap` of this function, or by the modules of `clora_jax.nnx`.
+        Any: nested dicts, an equinox module, the state of an nnx module. Weights of two axes are adapted, and
+        ``stacked`` ones of three.
     rank : int
         1 <= rank <= min(d_out, d_in) of every matched weight.
     max_rank : int, optional
@@ -65,6 +67,9 @@ def attach(
     heads : the same as targets
         Linear classifiers, learned as frozen value plus trained difference and protected like the adapters, with the
         bias that lies beside the weight.
+    stacked : the same as targets
+        Weights whose first axis counts layers, for `jax.lax.scan`: each layer has an adapter of its own, stacked as
+        well. Attach to the tree that is scanned over, and bind inside of the loop.
     layout : {"in,out", "out,in"}, optional
         Of the weights. By default from their names: kernel is (d_in, d_out), weight is (d_out, d_in).
     factors : {"first-task", "every-task", "never"}
@@ -78,6 +83,8 @@ def attach(
         A and B learn through R_delta alone (eqs. 11-12 of arXiv:2502.17920).
     train_routing : bool
         False with ``factors="every-task", scheme="lora", stop_old=False`` is plain LoRA.
+    second_order : bool
+        Second derivatives by A and B exist, see `linear`.
     seed : int or numpy.random.Generator
         Source of the factors, the same in every framework.
 
@@ -99,25 +106,23 @@ def attach(
     weights = {name: leaves[i] for name, i in names.items() if _floating(leaves[i])}
     head_leaves = _find(weights, heads, "heads") if heads else []
     chosen = _find(weights, targets, "targets", exclude, head_leaves) if targets else []
+    stacks = _find(weights, stacked, "stacked") if stacked else []
+    chosen = [name for name in weights if name in {*chosen, *stacks}]
     if not chosen and not head_leaves:
         raise option_error("attach", "there is nothing to adapt", "no targets and no heads", "one", "pass targets=")
     rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
     rules = {"factors": factors, "stop_old": stop_old, "train_routing": train_routing, "scale": float(scale)}
+    rules |= {"second_order": second_order}
     for pattern in ranks or {}:
         if not any(matches(name, pattern) for name in chosen):
             raise _nothing("ranks", pattern, chosen)
     found: dict[str, Layer] = {}
     for name in chosen:
         own = [r for pattern, r in (ranks or {}).items() if matches(name, pattern)]
-        layer = make_layer(
-            weights[name],
-            place(name, weights[name], layout, "linear", None, rules),
-            rng,
-            own[-1] if own else rank,
-            max_rank,
-            scheme,
-        )
-        found[layer.info.name] = layer
+        info = place(name, weights[name], layout, "linear", None, rules)
+        info = info._replace(name=name) if info.name in found else info  # a module with two weights
+        rank_of = own[-1] if own else rank
+        found[info.name] = make_layer(weights[name], info, rng, rank_of, max_rank, scheme, stacked=name in stacks)
     for name in head_leaves:
         beside = f"{name.rpartition('.')[0]}.bias".removeprefix(".")
         bias = beside if beside in weights else None
@@ -142,21 +147,29 @@ def place(leaf: str, W: Any, layout: str | None, kind: str, bias: str | None, ru
 
 
 def make_layer(
-    W: Any, info: Info, rng: np.random.Generator, rank: int, max_rank: int | None = None, scheme: str = "orthonormal"
+    W: Any,
+    info: Info,
+    rng: np.random.Generator,
+    rank: int,
+    max_rank: int | None = None,
+    scheme: str = "orthonormal",
+    *,
+    stacked: bool = False,
 ) -> Layer:
-    """An adapter for one weight."""
-    if len(info.shape) != 2:
+    """An adapter for one weight, or for each of a stack."""
+    if len(info.shape) != 2 + stacked:
         raise ShapeError(
             message(
                 "clora_jax.attach",
                 f"the weight {info.leaf!r} is no matrix",
                 got=f"{info.shape}",
-                needed="two axes",
+                needed="a layer's number and two axes" if stacked else "two axes",
                 cause="a convolution, an attention's projection, or layers stacked for lax.scan",
-                fix="leave it out by exclude=; clora_jax.nnx.attach knows flax's projections; vmap attach over a stack",
+                fix="exclude= it; name it in stacked= if its first axis counts layers; clora_jax.nnx.attach knows the "
+                "projections of flax",
             )
         )
-    d_out, d_in = info.shape if info.layout == "out,in" else info.shape[::-1]
+    d_out, d_in = info.shape[-2:] if info.layout == "out,in" else info.shape[:-3:-1]
     most = min(d_out, d_in)
     if not 1 <= rank <= most:
         raise RankError(
@@ -170,24 +183,33 @@ def make_layer(
             )
         )
     dtype = W.dtype if W.dtype in (jnp.float32, jnp.float64) else jnp.dtype("float32")
-    room = rank if max_rank is None else max(rank, min(max_rank, most))
     if scheme == "svd":
         wide = jnp.asarray(W, dtype)
-        drawn = core.init_adapter(rng, d_out, d_in, room, scheme=scheme, W=wide if info.layout == "out,in" else wide.T)
-        drawn = jax.tree.map(np.asarray, drawn)
+        drawn = core.init_adapter(rng, d_out, d_in, rank, scheme=scheme, W=wide if info.layout == "out,in" else wide.mT)
+        drawn = core.Adapter(*map(np.asarray, drawn))
     else:
-        drawn = core.init_adapter(rng, d_out, d_in, room, scheme=scheme, dtype=np.dtype(dtype.name))
-    A, R_old, R_delta, B = drawn
-    A = A * np.asarray(info.scale, A.dtype)
+        batch = tuple(info.shape[:-2])
+        drawn = core.init_adapter(rng, d_out, d_in, rank, scheme=scheme, batch=batch, dtype=np.dtype(dtype.name))
+    drawn = drawn._replace(A=drawn.A * np.asarray(info.scale, drawn.A.dtype))
     by_out, by_in, alike = shardings(W, info.layout)
-    adapter = core.Adapter(
-        _put(A[:, :rank], by_out),
-        _put(R_old[:rank, :rank], alike),
-        _put(R_delta[:rank, :rank], alike),
-        _put(B[:rank], by_in),
-    )
-    spare = (_put(A[:, rank:], by_out), _put(B[rank:], by_in)) if room > rank else None
-    return Layer(adapter, empty(info, room, room, alike), spare, info)
+    A, R_old, R_delta, B = drawn
+    adapter = core.Adapter(_put(A, by_out), _put(R_old, alike), _put(R_delta, alike), _put(B, by_in))
+    more = 0 if max_rank is None else min(max_rank, most) - rank
+    spare = None
+    if more > 0:
+        A, B = spare_directions(A, B, more, rng, info.scale)
+        spare = (_put(A, by_out), _put(B, by_in))
+    return Layer(adapter, empty(info, rank + max(more, 0), rank + max(more, 0), alike), spare, info)
+
+
+def spare_directions(A: Any, B: Any, count: int, rng: np.random.Generator, scale: float) -> tuple[Any, Any]:
+    """New directions, orthonormal up to ``scale`` and orthogonal to those there: as clora_torch draws them."""
+    out = []
+    for factor, size in ((A, scale), (np.swapaxes(B, -1, -2), 1.0)):
+        wide = np.asarray(factor, np.float64)
+        joint = np.concatenate([wide, rng.standard_normal((*wide.shape[:-1], count))], axis=-1)
+        out.append((size * core.orthonormalize(joint)[..., wide.shape[-1] :]).astype(factor.dtype))
+    return out[0], np.ascontiguousarray(np.swapaxes(out[1], -1, -2))
 
 
 def make_head(W: Any, bias: Any, info: Info) -> Layer:
@@ -202,7 +224,12 @@ def make_head(W: Any, bias: Any, info: Info) -> Layer:
             "a convolution",
         )
     wide = W.dtype if W.dtype in (jnp.float32, jnp.float64) else jnp.float32
-    weight = jnp.asarray(W, wide) if info.layout == "out,in" else jnp.asarray(W, wide).T
+    # A copy: a step that is given its adapters by donation must not take the base along.
+    weight = jnp.array(W if info.layout == "out,in" else W.T, wide, copy=True)
+    if bias is not None and bias.shape != (weight.shape[0],):
+        got, fix = f"bias {tuple(bias.shape)}", "rename it, if it is no bias"
+        needed, cause = f"({weight.shape[0]},)", "an array beside the weight that is called bias"
+        raise option_error("attach", f"the bias of head {info.name!r} does not fit", got, needed, fix, cause)
     V = weight if bias is None else jnp.concatenate([weight, jnp.asarray(bias, wide)[:, None]], axis=1)
     return Layer(core.Adapter(None, V, jnp.zeros_like(V), None), empty(info, V.shape[0], V.shape[1], None), None, info)
 
@@ -212,7 +239,8 @@ def empty(info: Info, rows: int, columns: int, sharding: Any) -> core.Moments | 
     if info.factors == "every-task":
         return None
     wide = jax.dtypes.canonicalize_dtype(np.float64)
-    S, P, q = (_put(np.zeros(s, wide), sharding) for s in ((columns, columns), (rows, columns), ()))
+    lead = info.shape[:-2]
+    S, P, q = (_put(np.zeros((*lead, *shape), wide), sharding) for shape in ((columns, columns), (rows, columns), ()))
     return core.Moments(S, P, q)
 
 
@@ -221,10 +249,13 @@ def shardings(W: Any, layout: str) -> tuple[Any, Any, Any]:
     sharding = getattr(W, "sharding", None)
     if isinstance(W, Tracer) or not isinstance(sharding, NamedSharding):
         return None, None, None
-    spec = (*sharding.spec, None, None)[:2]
-    out, into = spec if layout == "out,in" else spec[::-1]
-    mesh = sharding.mesh
-    specs = (PartitionSpec(out, None), PartitionSpec(None, into), PartitionSpec())
+    mesh, ndim = sharding.mesh, len(W.shape)
+    if AxisType.Explicit in mesh.axis_types:
+        fix, cause = "make the mesh with axis_types=(AxisType.Auto,) * axes", "jax.make_mesh's default"
+        raise option_error("attach", "the mesh has explicit axes", str(mesh.axis_types), "AxisType.Auto", fix, cause)
+    *lead, first, last = (*sharding.spec, *(None,) * ndim)[:ndim]
+    out, into = (first, last) if layout == "out,in" else (last, first)
+    specs = (PartitionSpec(*lead, out, None), PartitionSpec(*lead, None, into), PartitionSpec())
     by_out, by_in, alike = (NamedSharding(mesh, spec) for spec in specs)
     return by_out, by_in, alike
 
@@ -249,9 +280,11 @@ def matches(leaf: str, pattern: Pattern) -> bool:
     """A leaf goes by its own path and by its module's; a name or glob matches all of one, or its end at a dot."""
     if isinstance(pattern, re.Pattern):
         return pattern.search(leaf) is not None or pattern.search(leaf.replace(".", "/")) is not None
-    pattern = pattern.replace("/", ".")
+    leaf, pattern = leaf.replace("/", "."), pattern.replace("/", ".")
     module, _, last = leaf.rpartition(".")
     names = (leaf, module) if last in NAMES else (leaf,)
+    if pattern in names or any(name.endswith(f".{pattern}") for name in names):  # also where it has a glob's letters
+        return True
     return any(fnmatch.fnmatchcase(n, p) for n in names if n for p in (pattern, f"*.{pattern}"))
 
 

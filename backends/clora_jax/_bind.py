@@ -68,6 +68,14 @@ class Kernel:
         x = jnp.asarray(x)
         return self.layer(x, self.weight) if x.ndim == 1 else self.layer(x.mT, self.weight).mT
 
+    def _no_array(self, *_: Any) -> Any:
+        raise TypeError(
+            f"clora_jax.bind: the adapted weight {self.layer.info.leaf!r} is no array: only `x @ kernel` is known to "
+            "it. Fix: bind(..., materialize=True) gives an array, at the cost of one product of its size."
+        )
+
+    __getitem__ = __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _no_array
+
     def _wrong_side(self, used: str) -> StateError:
         return StateError(
             message(
@@ -100,7 +108,8 @@ def bind(params: Tree, adapters: Tree, *, materialize: bool = False) -> Tree:
     materialize : bool
         False: adapted weights become `Kernel` objects, which know ``x @ kernel`` and ``kernel @ x`` (equinox's layers,
         models written out). True: they become arrays W + A R B, with the derivatives of `linear`, for code that does
-        something else with them (flax.linen, einsum); they can't be observed then.
+        something else with them (flax.linen, einsum); they can't be observed then. Beside half-precision weights the
+        arrays are float32, since most of an update would be rounded away.
 
     Returns
     -------
@@ -138,10 +147,10 @@ def bind(params: Tree, adapters: Tree, *, materialize: bool = False) -> Tree:
                 continue
             V = core.routing(layer.still(), xp=jnp)
             weight, b = (V[:, :-1], V[:, -1]) if info.bias is not None else (V, None)
-            leaves[names[info.leaf]] = (weight.T if info.layout == "in,out" else weight).astype(W.dtype)
+            leaves[names[info.leaf]] = weight.T if info.layout == "in,out" else weight
             if info.bias is not None and b is not None:
-                leaves[names[info.bias]] = b.astype(W.dtype)
+                leaves[names[info.bias]] = b
             continue
         update = delta(layer.still(), layout=info.layout, stop_old=info.stop_old)
-        leaves[names[info.leaf]] = (W.astype(update.dtype) + update).astype(W.dtype)
+        leaves[names[info.leaf]] = W.astype(jnp.promote_types(W.dtype, update.dtype)) + update
     return jax.tree.unflatten(treedef, leaves)

@@ -15,6 +15,7 @@ from jax import Array, lax
 from jax.custom_derivatives import SymbolicZero
 
 import clora_core as core
+from clora_core._plan import BALANCE
 from clora_core.errors import DTypeError, OptionError, ShapeError, StateError, message
 
 LAYOUTS = ("out,in", "in,out")
@@ -35,15 +36,29 @@ def _plan(n: int, d_out: int, d_in: int, rank: int, dtype: str, wrt: tuple[str, 
     return core.plan(n, d_out, d_in, rank, dtype=dtype, wrt=wrt, order=order)
 
 
+@lru_cache(maxsize=4096)
 def choose_order(n: int, d_out: int, d_in: int, rank: int, dtype: str) -> str:
     """The forward pass's order of contraction, from sizes alone.
 
-    Not from what learns: a task's end changes that, and must not change one bit of the function. R is folded into A
-    rather than applied to the rows while that costs less than a fiftieth of the frozen product: a product over n rows
-    fewer, which XLA does not fuse, was worth 4 to 8 % of a step at n = 512 and 2048 (benchmarks/jax_lora.py).
+    Not from what learns: a task's end changes that, and must not change one bit of the function. As `clora_core.plan`
+    chooses, but for two things that XLA does: it keeps the merged weight for the backward pass, where the planner would
+    build it again; and it does not fuse a product over n rows, so R is folded into A rather than applied to the rows
+    while that costs less than a fiftieth of the frozen product (4 to 8 % of a step at n = 512 and 2048, by
+    benchmarks/jax_lora.py).
     """
-    order = _plan(n, d_out, d_in, rank, dtype, ("x", *FACTORS), None).order
-    return "left" if order == "rows" and 50 * rank * rank * (d_out - n) <= n * d_out * d_in else order
+    how: dict[str, Any] = {"dtype": dtype, "wrt": ("x", *FACTORS)}
+    best = core.plan(n, d_out, d_in, rank, **how)
+    if dtype in ("float32", "float64"):
+        merged = core.plan(n, d_out, d_in, rank, order="merged", **how)
+        again = merged.backward[-len(merged.forward) :]
+        if _cost(merged) - _cost(merged._replace(forward=(), backward=again)) < _cost(best):
+            return "merged"
+    folded = 50 * rank * rank * (d_out - n) <= n * d_out * d_in
+    return "left" if best.order == "rows" and folded else best.order
+
+
+def _cost(plan: core.Plan) -> float:
+    return plan.flops + BALANCE * plan.bytes_moved
 
 
 def linear(
@@ -103,11 +118,12 @@ def linear(
     """
     check(x, W, adapter, bias, layout, name)
     y_dtype = jnp.result_type(x, W)
+    x, W = x.astype(y_dtype), W.astype(y_dtype)
     own = adapter.R_old.ndim > 2 or adapter.R_delta.ndim > 2
     if own or second_order:
         y = _dot(x, W, 0 if layout == "in,out" else 1, precision)
         update = _rows(x.astype(adapter.B.dtype), adapter, stop_old, precision)
-        y = (y.astype(update.dtype) + update).astype(y_dtype)
+        y = (y.astype(jnp.promote_types(y_dtype, update.dtype)) + update).astype(y_dtype)
     else:
         d_out, rank = adapter.A.shape
         sizes = math.prod(x.shape[:-1]), d_out, adapter.B.shape[1], rank
@@ -168,7 +184,7 @@ def _adapted(how: How, x: Array, W: Array, A: Array, R_old: Array, R_delta: Arra
         update = dot(dot(wide, dot(R, B, 0), 1), A, 1)
     else:
         update = dot(dot(dot(wide, B, 1), R, 1), A, 1)
-    return (y.astype(update.dtype) + update).astype(y.dtype)
+    return (y.astype(jnp.promote_types(y.dtype, update.dtype)) + update).astype(y.dtype)
 
 
 def _turned(R: Array, A: Array, how: How) -> Array:

@@ -61,15 +61,14 @@ def restore(adapters: Tree, history: History, name: str) -> Tree:
     snapshot = _of(history, "restore", name)
 
     def back(layer: Layer) -> Layer:
-        A, R, zero, B = snapshot[layer.info.name]
-        if layer.info.kind == "head":
-            return dataclasses.replace(layer, adapter=core.Adapter(None, R, zero, None))
-        if A is not None:
-            return dataclasses.replace(layer, adapter=core.Adapter(A, R, zero, B))
+        A, R, zero, B = _layer_of(snapshot, layer, "restore", name)
+        if layer.info.kind == "head" or A is not None:
+            return dataclasses.replace(layer, adapter=jax.tree.map(jnp.copy, core.Adapter(A, R, zero, B)))
         A, _, _, B = layer.whole()
-        r = R.shape[0]
-        spare = (A[:, r:], B[r:]) if r < A.shape[1] else None
-        return dataclasses.replace(layer, adapter=core.Adapter(A[:, :r], R, zero, B[:r]), spare=spare)
+        r = R.shape[-1]
+        spare = (A[..., r:], B[..., r:, :]) if r < A.shape[-1] else None
+        adapter = jax.tree.map(jnp.copy, core.Adapter(A[..., :r], R, zero, B[..., :r, :]))
+        return dataclasses.replace(layer, adapter=adapter, spare=spare)
 
     return map_layers(back, adapters)
 
@@ -88,13 +87,16 @@ def rows(adapters: Tree, history: History, tasks: Sequence[str | None]) -> Tree:
 
     def mix(layer: Layer) -> Layer:
         shape = layer.adapter.R_old.shape
+        if len(shape) > 2:
+            got, fix = f"R {shape}", "restore(adapters, history, task), one task at a time"
+            raise state_error("rows", f"layer {layer.info.name!r} is a stack of layers", got, fix)
         table = []
         for name, snapshot in snapshots.items():
             if name is None:
                 table.append(_base_routing(layer, history))
                 continue
             assert snapshot is not None
-            R = snapshot[layer.info.name].R_old
+            R = _layer_of(snapshot, layer, "rows", name).R_old
             if R.shape[0] > shape[0] or R.shape[1] > shape[1]:
                 fix = "restore(adapters, history, history.tasks[-1]) first"
                 raise state_error(
@@ -106,6 +108,13 @@ def rows(adapters: Tree, history: History, tasks: Sequence[str | None]) -> Tree:
         return dataclasses.replace(layer, adapter=adapter).with_info(stop_old=False)
 
     return map_layers(mix, adapters)
+
+
+def _layer_of(snapshot: Snapshot, layer: Layer, verb: str, task: str) -> core.Adapter:
+    if layer.info.name not in snapshot:
+        got, fix = f"layers {sorted(snapshot)[:5]}", "pass the history of these adapters"
+        raise state_error(verb, f"task {task!r} knows no layer {layer.info.name!r}", got, fix)
+    return snapshot[layer.info.name]
 
 
 def _base_routing(layer: Layer, history: History) -> Array:

@@ -13,9 +13,9 @@ from jax import Array, lax
 import clora_core as core
 from clora_core.errors import MomentsIncomplete, OptionError, ShapeError, message
 
-from ._errors import state_error
+from ._errors import option_error, state_error
 from ._function import linear
-from ._taps import observed
+from ._taps import Tap, observed
 
 Tree = Any
 
@@ -35,6 +35,8 @@ class Info(NamedTuple):
         Of the weight.
     factors, stop_old, train_routing, scale
         As `attach` took them.
+    second_order : bool
+        The two routes are computed apart, see `linear`.
     started : bool
         A task is finished.
     complete : bool
@@ -51,6 +53,7 @@ class Info(NamedTuple):
     stop_old: bool
     train_routing: bool
     scale: float
+    second_order: bool = False
     started: bool = False
     complete: bool = True
 
@@ -69,8 +72,8 @@ class Layer:
         Memory of the finished tasks, over all directions, the spare ones last. None where factors learn in every task.
     spare : (A_spare (d_out, k), B_spare (k, d_in)) or None
         Directions to grow into.
-    tap : (C, count) or None
-        Zeros whose "gradients" are the sums of u u^T and of the rows; only inside `observe`.
+    tap, mask : arrays or None
+        Zeros whose "gradients" are the sum of u u^T and the number of rows; which rows count. Only inside `observe`.
     info : Info
     """
 
@@ -78,7 +81,8 @@ class Layer:
     moments: core.Moments | None
     spare: tuple[Array, Array] | None
     info: Info = dataclasses.field(metadata={"static": True})
-    tap: tuple[Array, Array] | None = None
+    tap: Tap | None = None
+    mask: Array | None = None
 
     @property
     def learns(self) -> tuple[str, ...]:
@@ -101,7 +105,7 @@ class Layer:
         assert self.moments is not None
         S, P, q = self.moments
         rows, columns = self.adapter.R_old.shape[-2:]
-        return core.Moments(S[:columns, :columns], P[:rows, :columns], q)
+        return core.Moments(S[..., :columns, :columns], P[..., :rows, :columns], q)
 
     def with_info(self, **changes: Any) -> Layer:
         """A layer under other rules."""
@@ -119,20 +123,19 @@ class Layer:
         bias: Array | None = None,
         *,
         precision: Any = None,
-        second_order: bool = False,
     ) -> Array:
         """The layer's output (..., d_out) for x (..., d_in); W and bias as the model has them. A head needs neither."""
         adapter = self.still()
         if self.info.kind == "head":
-            y = _head(x, core.routing(adapter, xp=jnp), self.info, precision)
+            y = _head(x, core.routing(adapter, xp=jnp), W.dtype, self.info, precision)
         else:
             info = self.info
-            how = {"layout": info.layout, "stop_old": info.stop_old, "second_order": second_order, "name": info.leaf}
-            y = linear(x, W, adapter, bias, precision=precision, **how)
+            how = {"layout": info.layout, "stop_old": info.stop_old, "second_order": info.second_order}
+            y = linear(x, W, adapter, bias, precision=precision, name=info.leaf, **how)
         if self.tap is None:
             return y
         B = None if self.adapter.B is None else self.whole().B
-        return observed(y, x, B, self.tap, name=self.info.name, constant=self.info.bias is not None)
+        return observed(y, x, B, self.tap, self.mask, constant=self.info.bias is not None)
 
 
 def is_layer(node: Any) -> bool:
@@ -150,9 +153,21 @@ def layers(tree: Tree) -> dict[str, Layer]:
     Raises
     ------
     OptionError
-        There is none: the tree is no result of `attach`.
+        There is none, or two have one name.
     """
-    found = {node.info.name: node for node in jax.tree.leaves(tree, is_leaf=is_layer) if is_layer(node)}
+    found: dict[str, Layer] = {}
+    for layer in each(tree):
+        if layer.info.name in found:
+            what, got = "two layers have one name", repr(layer.info.name)
+            fix = "attach once to the whole tree; clora_jax.nnx.adapters(model) names layers by their place"
+            raise option_error("layers", what, got, "a name for each", fix, "trees that were attached to one by one")
+        found[layer.info.name] = layer
+    return found
+
+
+def each(tree: Tree) -> list[Layer]:
+    """The layers of a tree, in its order."""
+    found = [node for node in jax.tree.leaves(tree, is_leaf=is_layer) if is_layer(node)]
     if not found:
         raise OptionError(
             message(
@@ -167,7 +182,7 @@ def layers(tree: Tree) -> dict[str, Layer]:
     return found
 
 
-def _head(x: Array, V: Array, info: Info, precision: Any) -> Array:
+def _head(x: Array, V: Array, dtype: Any, info: Info, precision: Any) -> Array:
     """Logits by [weight, bias], or by one of each row's own."""
     bias = info.bias is not None
     d_in = V.shape[-1] - bias
@@ -183,7 +198,8 @@ def _head(x: Array, V: Array, info: Info, precision: Any) -> Array:
                 fix="pass the classifier's inputs",
             )
         )
-    W = (V[..., :-1] if bias else V).astype(x.dtype)
+    dtype = jnp.result_type(x, dtype)  # that of the base's own product
+    x, W = x.astype(dtype), (V[..., :-1] if bias else V).astype(dtype)
     if V.ndim == 2:
         y = lax.dot_general(x, W, (((x.ndim - 1,), (1,)), ((), ())), precision=precision)
         return y + V[:, -1].astype(y.dtype) if bias else y
@@ -194,28 +210,37 @@ def _head(x: Array, V: Array, info: Info, precision: Any) -> Array:
 
 def path_name(path: Any) -> str:
     """A leaf's path with dots: of dicts, lists, modules and nnx variables alike."""
-    parts = []
-    for key in path:
-        for field in ("key", "name", "idx"):
-            if hasattr(key, field):
-                parts.append(str(getattr(key, field)))
-                break
-    if parts and isinstance(path[-1], jax.tree_util.GetAttrKey) and parts[-1] in ("value", "raw_value"):
-        parts.pop()  # of an nnx Variable
+    parts = [str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path]
+    tree = jax.tree_util
+    if len(path) > 1 and isinstance(path[-2], tree.DictKey) and path[-1] == tree.GetAttrKey("value"):
+        parts.pop()  # an nnx State is a dict of Variables
     return ".".join(parts)
 
 
 def flatten(params: Tree) -> tuple[dict[str, int], list[Any], Any]:
-    """Leaf's name -> its number, the leaves, the treedef."""
+    """Leaf's name -> its number, the leaves, the treedef.
+
+    Raises
+    ------
+    OptionError
+        Two arrays of one name, as keys with dots make them.
+    """
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    return {path_name(path): i for i, (path, _) in enumerate(paths)}, [leaf for _, leaf in paths], treedef
+    names: dict[str, int] = {}
+    for i, (path, leaf) in enumerate(paths):
+        name = path_name(path)
+        if name in names and hasattr(leaf, "dtype"):
+            cause, fix = "a key with a dot in it", "rename the key"
+            raise option_error("attach", "two arrays have one path", repr(name), "a path for each", fix, cause)
+        names[name] = i
+    return names, [leaf for _, leaf in paths], treedef
 
 
 def find(names: dict[str, int], leaves: list[Any], info: Info) -> int:
     """The number of a layer's leaf, of the right shape."""
     number = names.get(info.leaf)
     missing = next((leaf for leaf in (info.leaf, info.bias) if leaf is not None and leaf not in names), None)
-    if number is None or missing is not None or tuple(leaves[number].shape) != info.shape:
+    if number is None or missing is not None or tuple(leaves[number].shape) not in (info.shape, info.shape[-2:]):
         got = f"no leaf {missing!r}" if missing is not None or number is None else f"{info.leaf} {leaves[number].shape}"
         raise OptionError(
             message(
@@ -232,7 +257,8 @@ def find(names: dict[str, int], leaves: list[Any], info: Info) -> int:
 
 def need_moments(adapters: Tree, verb: str, *, complete: bool = True) -> None:
     """Second moments must be there, and cover every task: known from what is static, so also said while tracing."""
-    for name, layer in layers(adapters).items():
+    for layer in each(adapters):
+        name = layer.info.name
         if layer.moments is None:
             fix = "attach with factors='first-task' or 'never'"
             what = "the factors learn in every task, so second moments are stale"

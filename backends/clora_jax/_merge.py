@@ -55,10 +55,10 @@ def merge(params: Tree, adapters: Tree, *, on_loss: str = "warn", max_loss: floa
             if info.bias is not None:
                 leaves[names[info.bias]] = _round(V[:, -1], leaves[names[info.bias]])
             continue
-        matrix = W if info.layout == "out,in" else W.T
+        matrix = W if info.layout == "out,in" else W.mT
         merged, reports[name] = _merge(matrix, layer.adapter)
-        leaves[number] = merged if info.layout == "out,in" else merged.T
-        kept, error = float(reports[name].kept), float(reports[name].error)
+        leaves[number] = merged if info.layout == "out,in" else merged.mT
+        kept, error = float(reports[name].kept.min()), float(reports[name].error.max())  # of stacked layers, the worst
         if not jnp.isfinite(leaves[number]).all() and bool(jnp.isfinite(W).all()):
             raise InvalidValueError(
                 message(

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import optax
 
 import clora_core as core
+from clora_core.errors import StateError
 
-from ._errors import option_error
-from ._layer import Layer, Tree, is_layer, layers, map_layers, need_moments
+from ._errors import option_error, state_error
+from ._layer import Layer, Tree, each, is_layer, need_moments
 
 
-def _labels(found: dict[str, Layer]) -> Tree:
+def _labels(found: list[Layer]) -> Tree:
     """ "learns" or "still", for every array of the layers."""
 
     def label(layer: Layer) -> Layer:
@@ -23,7 +24,7 @@ def _labels(found: dict[str, Layer]) -> Tree:
         learns = dict.fromkeys(layer.learns, "learns")
         return dataclasses.replace(still, adapter=still.adapter._replace(**learns))
 
-    return {name: label(layer) for name, layer in found.items()}
+    return [label(layer) for layer in found]
 
 
 def learning(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -34,21 +35,34 @@ def learning(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
     inner: Any = optax.partition({"learns": tx, "still": optax.set_to_zero()}, _labels)
 
     def init(params: Tree) -> Any:
-        return inner.init(layers(params))
+        return inner.init(each(params))
 
     def update(updates: Tree, state: Any, params: Tree = None, **extra: Any) -> tuple[Tree, Any]:
-        given = None if params is None else layers(params)
-        steps, state = inner.update(layers(updates), state, given, **extra)
+        steps, given = each(updates), None if params is None else each(params)
+        if given is not None and [layer.info for layer in steps] != [layer.info for layer in given]:
+            raise _other("gradients and adapters are of different trees")
+        try:
+            steps, state = inner.update(steps, state, given, **extra)
+        except ValueError as error:
+            if "pytree" not in str(error):
+                raise
+            raise _other("the optimizer's state belongs to another task, or to other adapters") from error
         return _still(updates, steps), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _still(updates: Tree, steps: dict[str, Layer]) -> Tree:
-    """These steps for the layers, none for whatever else the tree holds."""
+def _other(what: str) -> StateError:
+    fix = "call tx.init(adapters) after every begin_task, and pass whole trees"
+    return state_error("protect", what, "another structure", fix)
+
+
+def _still(updates: Tree, steps: list[Layer]) -> Tree:
+    """These steps for the layers, in order, and none for whatever else the tree holds."""
+    given = iter(steps)
 
     def step(node: Any) -> Any:
-        return steps[node.info.name] if is_layer(node) else jnp.zeros_like(node) if hasattr(node, "dtype") else node
+        return next(given) if is_layer(node) else jnp.zeros_like(node) if hasattr(node, "dtype") else node
 
     return jax.tree.map(step, updates, is_leaf=is_layer)
 
@@ -57,7 +71,7 @@ class Protected(NamedTuple):
     """State of `protect`: that of the transformation inside, and a basis for each layer."""
 
     inner: Any
-    bases: dict[str, core.Basis]
+    bases: list[core.Basis]
 
 
 def protect(
@@ -101,7 +115,7 @@ def protect(
 
     def init(params: Tree) -> Any:
         need_moments(params, "protect")
-        return Protected(inner.init(params), {n: basis(layer) for n, layer in layers(params).items()})
+        return Protected(inner.init(params), [basis(layer) for layer in each(params)])
 
     def basis(layer: Layer) -> core.Basis:
         own = energy if head_energy is None or layer.info.kind != "head" else head_energy
@@ -114,18 +128,17 @@ def protect(
             what, cause = "the value that is projected is missing", "params left out"
             raise option_error("protect", what, got, "the adapters", fix, cause)
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
-        values = layers(params)
-
-        def projected(step: Layer) -> Layer:
-            value = values[step.info.name].adapter.R_delta
-            new = core.project(value + step.adapter.R_delta, state.bases[step.info.name], xp=jnp)
-            return dataclasses.replace(step, adapter=step.adapter._replace(R_delta=new - value))
-
-        return map_layers(projected, updates), Protected(inner_state, state.bases)
+        projected = []
+        for step, layer, basis in zip(each(updates), each(params), state.bases, strict=True):
+            value = layer.adapter.R_delta
+            new = core.project(value + step.adapter.R_delta, basis, xp=jnp)
+            projected.append(dataclasses.replace(step, adapter=step.adapter._replace(R_delta=new - value)))
+        return _still(updates, projected), Protected(inner_state, state.bases)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def full(state: Any) -> list[str]:
+def full(state: Any, adapters: Tree) -> list[str]:
     """Layers that have no direction left to learn in, of a state of `protect`, on the host."""
-    return [n for n, (_, weights) in state.bases.items() if bool(jnp.all(weights > 0))]
+    pairs = zip(each(adapters), state.bases, strict=True)
+    return [layer.info.name for layer, (_, weights) in pairs if bool(jnp.all(weights > 0))]

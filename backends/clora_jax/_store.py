@@ -17,7 +17,7 @@ import clora_store as store
 from clora_core.errors import ShapeError, message
 
 from ._attach import NAMES, _put, place, shardings
-from ._errors import option_error
+from ._errors import option_error, state_error
 from ._history import History
 from ._layer import Info, Layer, Tree, flatten, layers
 
@@ -126,6 +126,7 @@ def to_state(adapters: Tree, history: History) -> store.State:
     """All of the adapters in NumPy arrays."""
     found = layers(adapters)
     first = next(iter(found.values())).info
+    _check_saved(found, history)
     out = {}
     for name, layer in found.items():
         info = layer.info
@@ -155,6 +156,33 @@ def to_state(adapters: Tree, history: History) -> store.State:
         options={"stop_old": linear.stop_old, "train_routing": linear.train_routing, "scale": linear.scale},
         provenance={"framework": f"jax {jax.__version__}"},
     )
+
+
+def _check_saved(found: Mapping[str, Layer], history: History) -> None:
+    """What is written must be the present, whole, and under one set of rules."""
+    stack = next((name for name, layer in found.items() if layer.adapter.R_old.ndim > 2), None)
+    if stack is not None:
+        got, fix = f"R {found[stack].adapter.R_old.shape}", "save a tree of single layers: unstack params and adapters"
+        raise state_error("save", f"layer {stack!r} is a stack of layers, or goes row by row", got, fix)
+    if any(layer.info.started for layer in found.values()) and not history.tasks:
+        got, fix = "adapters with finished tasks, and no history of them", "pass the history that end_task returned"
+        raise state_error("save", "the history is missing", got, fix)
+    infos = [layer.info for layer in found.values() if layer.info.kind == "linear"]
+    rules = {(info.factors, info.stop_old, info.train_routing, info.scale) for info in infos}
+    if len(rules) > 1:
+        got, fix = "several factors=, stop_old=, train_routing= or scale=", "save them into a folder each"
+        raise state_error("save", "a folder holds adapters of one set of rules", got, fix)
+    if not history.snapshots or history.open is not None:
+        return
+    last = history.snapshots[history.tasks[-1]]
+    for name, layer in found.items():
+        R_old = layer.adapter.R_old
+        R = last[name].R_old if name in last else R_old
+        rows, columns = R.shape
+        # Grown since, perhaps: the rest is zero.
+        if rows > R_old.shape[0] or not bool((R_old[:rows, :columns] == R).all()):
+            got, fix = f"layer {name!r} is not as task {history.tasks[-1]!r} left it", "restore the last task first"
+            raise state_error("save", "these adapters are those of an earlier task", got, fix)
 
 
 def _note(history: History, path: str, digest: str) -> History:
@@ -202,6 +230,7 @@ def _info(
     W = leaves[names[leaf]]
     beside = f"{leaf.rpartition('.')[0]}.bias".removeprefix(".")
     bias = beside if layer.kind == "head" and beside in names else None
+    layout = layout or (layer.target.layout if leaf == layer.target.weight else None)
     info = place(leaf, W, layout, layer.kind, bias, rules)
     shape = tuple(W.shape) if info.layout == "out,in" else tuple(W.shape)[::-1]
     one_sided = layer.kind == "head" and (bias is None) != (layer.target.bias is None)

@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 import clora_core as core
 from clora_core.errors import InvalidValueError, RankError, message
 
-from ._attach import _put
+from ._attach import _put, spare_directions
 from ._errors import option_error, state_error
 from ._history import History, snapshot_of
-from ._layer import Layer, Tree, layers, map_layers, need_moments
+from ._layer import Layer, Tree, each, layers, map_layers, need_moments
+from ._observe import check_moment
 
 
 def begin_task(adapters: Tree) -> Tree:
@@ -62,6 +64,11 @@ def end_task(
         A name that is taken, or second moments of other layers.
     """
     found, history = layers(adapters), history or History()
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(adapters)):
+        raise state_error("end_task", "it reads values and takes names", "a call under jit", "call it outside of jit")
+    if any(layer.info.started for layer in found.values()) and not history.tasks:
+        got, fix = "adapters with finished tasks, and no history of them", "pass history=, which end_task returned last"
+        raise state_error("end_task", "the history of earlier tasks is missing", got, fix)
     name = name if name is not None else history.open or f"task-{len(history.tasks)}"
     if not isinstance(name, str):
         raise state_error("end_task", "the name of a task is no text", type(name).__name__, "pass str(name)")
@@ -85,6 +92,9 @@ def end_task(
                         fix="lower the learning rate, check the data; go on from the adapters before the task",
                     )
                 )
+
+    for layer_name, C in (observed or {}).items():
+        check_moment(layer_name, jnp.asarray(C), "end_task")
 
     def end(layer: Layer) -> Layer:
         layer = _fold(layer)
@@ -115,7 +125,7 @@ def drift(adapters: Tree, *, since: str = "task-ends") -> dict[str, float]:
     out = {}
     for name, layer in layers(adapters).items():
         wide = jax.tree.map(lambda a: np.asarray(a, np.float64), (layer.adapter, layer.used()))
-        out[name] = float(core.drift(*wide, since=since))
+        out[name] = float(np.sum(core.drift(*wide, since=since)))  # of stacked layers: of all
     return out
 
 
@@ -144,7 +154,9 @@ def penalty(
     if kind == "drift":
         need_moments(adapters, "penalty")
     total: Array | None = None
-    for layer in layers(adapters).values():
+    dtype: Any = jnp.float32
+    for layer in each(adapters):
+        dtype = layer.adapter.R_delta.dtype
         head = layer.info.kind == "head"
         if (head and kind == "orthogonality") or not layer.info.started:
             continue
@@ -157,8 +169,8 @@ def penalty(
             value = core.drift(adapter, moments, **{"since": "boundary", **options}, xp=jnp)
         else:
             value = core.orthogonality(adapter, **options, xp=jnp)
-        total = scale * value if total is None else total + scale * value
-    return jnp.zeros(()) if total is None else total
+        total = scale * value.sum() if total is None else total + scale * value.sum()
+    return jnp.zeros((), dtype) if total is None else total
 
 
 def expand(adapters: Tree, by: int, *, seed: int | np.random.Generator | None = None) -> Tree:
@@ -187,7 +199,7 @@ def expand(adapters: Tree, by: int, *, seed: int | np.random.Generator | None = 
         if layer.info.kind == "head":
             return layer
         whole, r = layer.whole(), layer.rank
-        d_out, d_in = whole.A.shape[0], whole.B.shape[1]
+        d_out, d_in = whole.A.shape[-2], whole.B.shape[-1]
         if r + by > min(d_out, d_in):
             raise RankError(
                 message(
@@ -199,26 +211,29 @@ def expand(adapters: Tree, by: int, *, seed: int | np.random.Generator | None = 
                     fix="expand by less",
                 )
             )
-        new = r + by - whole.A.shape[1]
+        new = r + by - whole.A.shape[-1]
         moments, complete = layer.moments, layer.info.complete
         if new > 0:
             if rng is None:
                 fix, cause = "pass seed=, or attach with max_rank=", "no max_rank, or one that is reached"
                 raise option_error("expand", "new directions must be drawn", "seed=None", "a seed", fix, cause)
-            drawn = core.init_adapter(rng, d_out, d_in, new, dtype=np.dtype(whole.A.dtype.name))
-            by_out, by_in = layer.adapter.A.sharding, layer.adapter.B.sharding
-            scale = np.asarray(layer.info.scale, drawn.A.dtype)
-            whole = core.expand(whole, _put(scale * drawn.A, by_out), _put(drawn.B, by_in), xp=jnp)
+            drawn = spare_directions(np.asarray(whole.A), np.asarray(whole.B), new, rng, layer.info.scale)
+            A_new, B_new = _put(drawn[0], layer.adapter.A.sharding), _put(drawn[1], layer.adapter.B.sharding)
+            whole = core.expand(whole, A_new, B_new, xp=jnp)
             complete = complete and not layer.info.started
             if moments is not None:
                 S, P, q = moments
-                moments = core.Moments(jnp.pad(S, (0, new)), jnp.pad(P, (0, new)), q)
+                moments = core.Moments(_wider(S, new), _wider(P, new), q)
         A, R_old, R_delta, B = whole
         n = r + by
-        R_old, R_delta = (jnp.pad(R[:r, :r], (0, by)) for R in (R_old, R_delta))
-        adapter = core.Adapter(A[:, :n], R_old, R_delta, B[:n])
-        spare = (A[:, n:], B[n:]) if A.shape[1] > n else None
+        R_old, R_delta = (R[..., :n, :n] for R in (R_old, R_delta))  # core.expand has put zeros there
+        adapter = core.Adapter(A[..., :n], R_old, R_delta, B[..., :n, :])
+        spare = (A[..., n:], B[..., n:, :]) if A.shape[-1] > n else None
         return dataclasses.replace(layer, adapter=adapter, spare=spare, moments=moments).with_info(complete=complete)
 
     layers(adapters)
     return map_layers(grow, adapters)
+
+
+def _wider(M: Array, by: int) -> Array:
+    return jnp.pad(M, [(0, 0)] * (M.ndim - 2) + [(0, by)] * 2)

@@ -13,6 +13,7 @@ import jax
 from jax import Array
 
 from ._attach import attach as attach_to
+from ._attach import listed, matches
 from ._errors import option_error
 from ._layer import Layer, Tree, layers, path_name
 
@@ -33,7 +34,9 @@ class CLoRALinear(eqx.Module):
     def __call__(self, x: Array, *, key: Any = None) -> Array:
         """The adapted layer for one vector x (in_features,), as equinox has it; `jax.vmap` for more."""
         weight, bias = jax.lax.stop_gradient((self.linear.weight, self.linear.bias))
-        return self.clora(x, weight, None if self.clora.info.kind == "head" else bias)
+        x = x[None] if self.linear.in_features == "scalar" else x
+        y = self.clora(x, weight, None if self.clora.info.kind == "head" else bias)
+        return y[0] if self.linear.out_features == "scalar" else y
 
 
 def attach(model: Tree, **options: Any) -> Tree:
@@ -51,17 +54,24 @@ def attach(model: Tree, **options: Any) -> Tree:
         Itself a tree of adapters: ``clora_jax.begin_task(model)``, ``clora_jax.protect(tx).init(model)``,
         ``equinox.filter_grad`` and so on take it. ``clora_jax.layers(model)`` are the adapters alone.
     """
+    if options.get("targets", "all-linear") == "all-linear":  # weights of embeddings, too, are called weight
+        heads = options.get("heads", ())
+        paths = jax.tree_util.tree_leaves_with_path(model, is_leaf=_is_linear)
+        names = [f"{path_name(path)}.weight".removeprefix(".") for path, node in paths if type(node) is eqx.nn.Linear]
+        targets = [name for name in names if not (heads and any(matches(name, head) for head in listed(heads)))]
+        options = {**options, "targets": targets}
     return put(model, attach_to(model, **options))
+
+
+def _is_linear(node: Any) -> bool:
+    return isinstance(node, eqx.nn.Linear | CLoRALinear)
 
 
 def put(model: Tree, adapters: Tree) -> Tree:
     """The model with these adapters, new (of `clora_jax.load`, say) or in the place of those it has."""
     given = layers(adapters)
 
-    def is_linear(node: Any) -> bool:
-        return isinstance(node, eqx.nn.Linear | CLoRALinear)
-
-    paths, treedef = jax.tree_util.tree_flatten_with_path(model, is_leaf=is_linear)
+    paths, treedef = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_linear)
     out = []
     for path, node in paths:
         if isinstance(node, CLoRALinear):
@@ -69,12 +79,13 @@ def put(model: Tree, adapters: Tree) -> Tree:
             out.append(CLoRALinear(node.linear, given[name]) if name in given else node)
         else:
             name = path_name(path)
-            out.append(CLoRALinear(node, given[name]) if is_linear(node) and name in given else node)
+            plain = type(node) is eqx.nn.Linear  # a subclass may have a forward pass of its own
+            out.append(CLoRALinear(node, given[name]) if plain and name in given else node)
     missing = set(given) - {node.clora.info.name for node in out if isinstance(node, CLoRALinear)}
     if missing:
-        names = [path_name(path) for path, node in paths if isinstance(node, eqx.nn.Linear)]
+        names = [path_name(path) for path, node in paths if type(node) is eqx.nn.Linear]
         fix, cause = "attach to equinox.nn.Linear layers, or use clora_jax.bind", "a weight of another module"
-        what, needed = f"{min(missing)!r} is no linear layer", f"one of {', '.join(map(repr, names))}"
+        what, needed = f"{min(missing)!r} is no linear layer of equinox", f"one of {', '.join(map(repr, names))}"
         raise option_error("equinox.put", what, repr(min(missing)), needed, fix, cause)
     return jax.tree.unflatten(treedef, out)
 

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.core import Tracer
 
 import clora_store as store
 from clora_core.errors import StateError, message
@@ -58,12 +59,7 @@ class CLoRALinear(nnx.Linear):
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, rngs=rngs, **options)
-        _add(
-            self,
-            "kernel",
-            rank,
-            **{"seed": int(jax.random.randint(rngs.params(), (), 0, 2**31 - 1)), **(adapter or {})},
-        )
+        _add(self, "kernel", rank, rngs.params(), **(adapter or {}))
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """The adapted layer; ``inputs`` (..., in_features)."""
@@ -105,6 +101,7 @@ def attach(
     scale: float = 1.0,
     stop_old: bool = True,
     train_routing: bool = True,
+    second_order: bool = False,
     seed: int | np.random.Generator = 0,
 ) -> dict[str, Layer]:
     """Exchange linear layers of a model for adapted ones, in place; the function does not change.
@@ -115,7 +112,7 @@ def attach(
     targets, exclude, ranks, heads
         Patterns over the paths of `flax.nnx.Linear` and `flax.nnx.LinearGeneral` modules, as in `clora_jax.attach`:
         "query", "layers.*.mlp.up". The projections of `flax.nnx.MultiHeadAttention` are such modules.
-    rank, max_rank, factors, scheme, scale, stop_old, train_routing, seed
+    rank, max_rank, factors, scheme, scale, stop_old, train_routing, second_order, seed
         See `clora_jax.attach`.
 
     Returns
@@ -141,6 +138,7 @@ def attach(
             raise _nothing("ranks", pattern, chosen)
     rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
     rules = {"factors": factors, "stop_old": stop_old, "train_routing": train_routing, "scale": float(scale)}
+    rules |= {"second_order": second_order}
     made: dict[str, Layer] = {}
     for leaf in [*chosen, *head_leaves]:
         module = kernels[leaf]
@@ -154,10 +152,21 @@ def attach(
 
 
 def adapters(model: nnx.Module) -> dict[str, Layer]:
-    """The adapters of a model, by path: a pytree for every verb of clora_jax."""
-    found = {name: getattr(m, KEY).get_value() for name, m in _modules(model) if hasattr(m, KEY)}
-    layers(found)
-    return {layer.info.name: layer for layer in found.values()}
+    """The adapters of a model, by path: a pytree for every verb of clora_jax.
+
+    Layers are named by their place in the model, also in its Variables, whoever made them.
+    """
+    found: dict[str, Layer] = {}
+    for name, module in _modules(model):
+        if hasattr(module, KEY):
+            layer = getattr(module, KEY).get_value()
+            leaf = f"{name}.kernel".removeprefix(".")
+            bias = None if layer.info.bias is None else f"{name}.bias".removeprefix(".")
+            if (layer.info.leaf, layer.info.bias) != (leaf, bias):
+                layer = layer.with_info(name=name or leaf, leaf=leaf, bias=bias)
+                getattr(module, KEY).set_value(layer)
+            found[leaf] = layer
+    return layers(found)
 
 
 def update(model: nnx.Module, adapters: Tree) -> None:
@@ -209,10 +218,16 @@ def bind(graphdef: nnx.GraphDef[Any], state: Any, adapters: Tree) -> Any:
     given = layers(adapters)
 
     def replaced(node: Any) -> Any:
-        return node.replace(given[node.get_value().info.name]) if isinstance(node, CLoRAVariable) else node
+        if not isinstance(node, CLoRAVariable):
+            return node
+        name = node.get_value().info.name
+        if name not in given:
+            fix, cause = "pass all of them, as adapters(model) gives them before nnx.split", "a part of the tree"
+            raise option_error("nnx.bind", f"no adapter for layer {name!r}", ", ".join(given), repr(name), fix, cause)
+        return node.replace(given[name])
 
     state = jax.tree.map(replaced, state, is_leaf=lambda node: isinstance(node, nnx.Variable))
-    return nnx.merge(graphdef, state)
+    return nnx.merge(graphdef, state, copy=True)  # counters of dropout and statistics are of this trace then
 
 
 def detach(model: nnx.Module) -> None:
@@ -251,7 +266,10 @@ def _refuse(leaf: str, module: Any) -> None:
             )
         )
     reason = None
-    if type(module) not in ADAPTED:
+    axes = 2 if isinstance(module, nnx.Linear) else len((*module.in_features, *module.out_features))
+    if type(module) in ADAPTED and module.kernel.get_value().ndim != axes + len(getattr(module, "batch_axis", ())):
+        reason = "a stack of layers, as nnx.vmap makes them"
+    elif type(module) not in ADAPTED:
         reason = f"a {type(module).__name__}, whose forward pass may be its own"
     elif isinstance(module, nnx.LinearGeneral):
         count = len(module.in_features)
@@ -285,8 +303,16 @@ def _exchange(module: Any, layer: Layer) -> None:
     setattr(module, KEY, CLoRAVariable(layer))
 
 
-def _add(module: Any, leaf: str, rank: int, *, seed: Any, max_rank: int | None = None, **options: Any) -> None:
+def _add(
+    module: Any, leaf: str, rank: int, key: Any, *, seed: Any = None, max_rank: int | None = None, **options: Any
+) -> None:
     defaults = {"factors": "first-task", "stop_old": True, "train_routing": True, "scale": 1.0, "scheme": "orthonormal"}
+    defaults |= {"second_order": False}
+    if seed is None:
+        if isinstance(key, Tracer):
+            got, fix = "a traced key", "pass adapter={'seed': 0}, or make the model outside of jit and vmap"
+            raise option_error("nnx.CLoRALinear", "the factors are drawn on the host", got, "a key", fix, "nnx.vmap")
+        seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
     if strange := set(options) - set(defaults):
         raise option_error("nnx.CLoRALinear", "unknown option", min(strange), ", ".join(defaults), "correct it")
     rules = {**defaults, **options}
