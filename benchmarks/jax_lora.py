@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from functools import partial
 from importlib import metadata
@@ -24,6 +23,8 @@ import numpy as np
 import optax
 import qwix
 from flax import nnx
+from timing import ratio, readable
+from timing import timed as in_turn
 
 import clora_jax as clora
 import clora_jax.nnx as clora_nnx
@@ -38,20 +39,8 @@ SHAPES = [
 
 
 def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in every round; two rounds of warming up are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(rounds + 2):
-        for name, function in functions.items():
-            start = time.perf_counter()
-            jax.block_until_ready(function())
-            if i >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
-    """Median over rounds of a's time by b's."""
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+    """Seconds of each function in every round."""
+    return in_turn(functions, rounds, settle=jax.block_until_ready)
 
 
 def compiled(model: nnx.Module, what: Any, x: jax.Array, g: jax.Array) -> tuple[Callable[[], object], float]:
@@ -223,18 +212,6 @@ def main() -> None:
             **{part: run[part]() for part in options.parts or PARTS},
         }
     print(json.dumps(result, indent=1) if options.json else readable(result))
-
-
-def readable(value: Any, indent: int = 0) -> str:
-    """Nested names and numbers, one a line."""
-    lines = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            lines += [f"{' ' * indent}{key}", readable(item, indent + 2)]
-        else:
-            number = f"{item:.3f}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else item
-            lines.append(f"{' ' * indent}{key:<34} {number}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import json
 import math
 import platform
 import statistics
-import time
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
 import peft
 import torch
+from timing import ratio, readable
+from timing import timed as in_turn
 from torch import nn
 
 import clora_torch as clora
@@ -34,24 +35,8 @@ GPU_SHAPES = [(8192, 4096, 4096, 16), *SHAPES]
 
 
 def timed(functions: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each function in every round; two rounds of warming up are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in functions}
-    for i in range(rounds + 2):
-        for name, function in functions.items():
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if i >= 2:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
-    """Median over rounds of a's time by b's."""
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
+    """Seconds of each function in every round."""
+    return in_turn(functions, rounds, settle=lambda _: torch.cuda.synchronize() if torch.cuda.is_available() else None)
 
 
 def lora(model: nn.Module, rank: int, targets: list[str]) -> nn.Module:
@@ -305,18 +290,6 @@ def main() -> None:
         **{part: run[part]() for part in options.parts or PARTS},
     }
     print(json.dumps(result, indent=1) if options.json else readable(result))
-
-
-def readable(value: Any, indent: int = 0) -> str:
-    """Nested names and numbers, one a line."""
-    lines = []
-    for key, item in value.items():
-        if isinstance(item, dict):
-            lines += [f"{' ' * indent}{key}", readable(item, indent + 2)]
-        else:
-            number = f"{item:.3f}" if isinstance(item, float) else f"{item:,}" if isinstance(item, int) else item
-            lines.append(f"{' ' * indent}{key:<30} {number}")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

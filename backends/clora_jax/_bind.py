@@ -123,34 +123,34 @@ def bind(params: Tree, adapters: Tree, *, materialize: bool = False) -> Tree:
     names, leaves, treedef = flatten(params)
     for layer in layers(adapters).values():
         info = layer.info
-        W = leaves[find(names, leaves, info)]
-        if not materialize and info.kind == "linear":
-            leaves[names[info.leaf]] = Kernel(W, layer)
-            continue
-        if layer.tap is not None and materialize:
-            raise StateError(
-                message(
-                    "clora_jax.observe",
-                    "arrays can't be observed",
-                    got="bind(..., materialize=True)",
-                    needed="the inputs of the layers",
-                    cause="a forward pass that materialises the weights",
-                    fix="observe with materialize=False, or through the modules of clora_jax.nnx or clora_jax.equinox",
-                )
-            )
-        if info.kind == "head":
-            if not materialize:
-                # The bias is of a head's output, so it goes into the product, and zeros into its own place.
-                leaves[names[info.leaf]] = Kernel(W, layer)
-                if info.bias is not None:
-                    leaves[names[info.bias]] = jnp.zeros(layer.adapter.R_old.shape[-2:-1], W.dtype)
-                continue
-            V = core.routing(layer.still(), xp=jnp)
-            weight, b = (V[:, :-1], V[:, -1]) if info.bias is not None else (V, None)
-            leaves[names[info.leaf]] = weight.T if info.layout == "in,out" else weight
-            if info.bias is not None and b is not None:
-                leaves[names[info.bias]] = b
-            continue
-        update = delta(layer.still(), layout=info.layout, stop_old=info.stop_old)
-        leaves[names[info.leaf]] = W.astype(jnp.promote_types(W.dtype, update.dtype)) + update
+        number = find(names, leaves, info)
+        if materialize:
+            leaves[number], bias = _arrays(layer, leaves[number])
+        else:  # a head's product has its bias in it, so that zeros are left to be added
+            rows, dtype = layer.adapter.R_old.shape[-2], leaves[number].dtype
+            leaves[number], bias = Kernel(leaves[number], layer), jnp.zeros(rows, dtype)
+        if info.bias is not None:
+            leaves[names[info.bias]] = bias
     return jax.tree.unflatten(treedef, leaves)
+
+
+def _arrays(layer: Layer, W: Array) -> tuple[Array, Array | None]:
+    """The adapted weight as an array, and a head's bias."""
+    info = layer.info
+    if layer.tap is not None:
+        raise StateError(
+            message(
+                "clora_jax.observe",
+                "arrays can't be observed",
+                got="bind(..., materialize=True)",
+                needed="the inputs of the layers",
+                cause="a forward pass that materialises the weights",
+                fix="observe with materialize=False, or through the modules of clora_jax.nnx or clora_jax.equinox",
+            )
+        )
+    if info.kind == "linear":
+        update = delta(layer.still(), layout=info.layout, stop_old=info.stop_old)
+        return W.astype(jnp.promote_types(W.dtype, update.dtype)) + update, None
+    V = core.routing(layer.still(), xp=jnp)
+    weight, bias = (V, None) if info.bias is None else (V[:, :-1], V[:, -1])
+    return (weight.T if info.layout == "in,out" else weight), bias
