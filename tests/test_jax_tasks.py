@@ -369,6 +369,8 @@ def test_restore_rows_and_coming_back() -> None:
     mixed = clora.rows(adapters, history, ["task-0"] * 24)
     grads = jax.grad(lambda a: jnp.sum(forward(a, base, batch) ** 2))(mixed)
     assert not any(np.any(g.adapter.R_old) for g in grads.values()), "nothing learns in rows"
+    # The base, B, R and A for each of two layers, and the head: no second route.
+    assert str(jax.make_jaxpr(forward)(mixed, base, batch)).count("dot_general") == 2 * 4 + 1
     other = {
         name: clora.Layer(layer.adapter, layer.moments, layer.spare, layer.info._replace(name=f"x.{name}"))
         for name, layer in adapters.items()
