@@ -262,6 +262,7 @@ class JaxTrainer:
         self.history = clora_jax.History()
         self.observed: Any = None
         self.tx: Any = None
+        self.steps = 0
 
         def forward(adapters: Any, params: Any, x: Any) -> Any:
             bound = clora_jax.bind(params, adapters)
@@ -277,17 +278,17 @@ class JaxTrainer:
             how = {"kind": method.penalty, "head_weight": method.head_weight}
             return value + clora_jax.penalty(adapters, method.weight, **how)
 
-        def update(adapters: Any, state: Any, params: Any, x: Any, y: Any) -> Any:
-            updates, state = self.tx.update(jax.grad(loss)(adapters, params, x, y), state, adapters)
+        def update(tx: Any, adapters: Any, state: Any, params: Any, x: Any, y: Any) -> Any:
+            updates, state = tx.update(jax.grad(loss)(adapters, params, x, y), state, adapters)
             return optax.apply_updates(adapters, updates), state
 
-        self.forward, self.update, self.logits = forward, jax.jit(update), jax.jit(forward)
+        self.forward, self.update, self.logits = forward, jax.jit(update, static_argnums=0), jax.jit(forward)
 
     def begin(self, steps: int) -> None:
         """See `Trainer`."""
-        if self.tx is not None:
+        if steps == self.steps:  # a new transformation would be traced anew; `task` starts its state afresh
             return
-        method, optax = self.method, self.optax
+        method, optax, self.steps = self.method, self.optax, steps
         lr = optax.cosine_decay_schedule(method.lr, steps)
         tx = optax.adam(lr) if method.optimizer == "adam" else optax.sgd(lr, momentum=0.9)
         if method.energy is None:
@@ -305,7 +306,7 @@ class JaxTrainer:
 
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         """See `Trainer`."""
-        self.adapters, self.state = self.update(self.adapters, self.state, self.params, x, y)
+        self.adapters, self.state = self.update(self.tx, self.adapters, self.state, self.params, x, y)
 
     def observe(self, x: np.ndarray) -> None:
         """See `Trainer`."""

@@ -50,7 +50,7 @@ class Attention(nnx.Module):
         self.output = Output(width, width, config, rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        own: Any = getattr(self, "self")  # noqa: B009  (no valid way to write the attribute)
+        own: Any = self.self
         q, k, v = (jnp.reshape(layer(x), (*x.shape[:2], self.heads, -1)) for layer in (own.query, own.key, own.value))
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
         scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(scores.dtype).min)

@@ -178,6 +178,18 @@ def test_an_open_task_goes_on(tmp_path: Any) -> None:
     assert (history.tasks, history.open) == (("task-0", "half"), None)
 
 
+def test_a_folder_without_snapshots_keeps_its_tasks(tmp_path: Any) -> None:
+    """Names alone are known of them; what is saved again still has them."""
+    params, adapters, history = jax_life("never")
+    state = jax_store.to_state(adapters, history)._replace(snapshots={})
+    loaded, past = clora_jax.load(state, params)
+    assert past.tasks == ("task-0", "task-1")
+    loaded, past = jax_task(loaded, params, past, 2)
+    clora_jax.save(tmp_path, loaded, past)
+    assert store.load(tmp_path).tasks == ("task-0", "task-1", "task-2")
+    assert list(store.load(tmp_path).snapshots) == ["task-2"]
+
+
 def test_a_head_is_exported_and_merged_in_its_own_layout(tmp_path: Any) -> None:
     """flax's (in, out) classifier: PEFT's folder has it (out, in), a merged checkpoint (in, out)."""
     from safetensors.numpy import load_file, save_file

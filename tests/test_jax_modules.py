@@ -163,8 +163,10 @@ def test_nnx_layer_of_its_own() -> None:
     assert half.clora.get_value().adapter.A.dtype == jnp.float32
     with pytest.raises(RankError, match="rank=6"):
         clora_nnx.CLoRALinear(8, 5, rank=6, rngs=nnx.Rngs(0))
-    with pytest.raises(OptionError, match="unknown option"):
+    with pytest.raises(TypeError, match="factor"):
         clora_nnx.CLoRALinear(8, 5, rank=2, rngs=nnx.Rngs(0), adapter={"factor": "never"})
+    with pytest.raises(OptionError, match="unknown factors mode"):
+        clora_nnx.CLoRALinear(8, 5, rank=2, rngs=nnx.Rngs(0), adapter={"factors": "ever"})
 
 
 def own_dot(*args: Any, **options: Any) -> Any:
@@ -186,6 +188,8 @@ class Own(nnx.Linear):
         ),
         (lambda: nnx.Linear(8, 8, rngs=nnx.Rngs(0), preferred_element_type=jnp.float32), "preferred_element_type"),
         (lambda: nnx.LinearGeneral(8, 8, axis=0, rngs=nnx.Rngs(0)), "other axes"),
+        (lambda: nnx.LinearGeneral((2, 4), 8, axis=(-1, -2), rngs=nnx.Rngs(0)), "other axes"),
+        (lambda: nnx.LinearGeneral(8, 8, batch_axis={0: 3}, rngs=nnx.Rngs(0)), "batch axes"),
     ],
 )
 def test_nnx_layers_that_are_refused(layer: Any, reason: str) -> None:

@@ -32,8 +32,8 @@ class How(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def _plan(n: int, d_out: int, d_in: int, rank: int, dtype: str, wrt: tuple[str, ...], order: str | None) -> core.Plan:
-    return core.plan(n, d_out, d_in, rank, dtype=dtype, wrt=wrt, order=order)
+def _plan(n: int, d_out: int, d_in: int, rank: int, dtype: str, wrt: tuple[str, ...]) -> core.Plan:
+    return core.plan(n, d_out, d_in, rank, dtype=dtype, wrt=wrt)
 
 
 @lru_cache(maxsize=4096)
@@ -121,7 +121,7 @@ def linear(
     x, W = x.astype(y_dtype), W.astype(y_dtype)
     own = adapter.R_old.ndim > 2 or adapter.R_delta.ndim > 2
     if own or second_order:
-        y = _dot(x, W, 0 if layout == "in,out" else 1, precision)
+        y = _dot(x, W, int(layout == "out,in"), precision)
         update = _rows(x.astype(adapter.B.dtype), adapter, stop_old, precision)
         y = (y.astype(jnp.promote_types(y_dtype, update.dtype)) + update).astype(y_dtype)
     else:
@@ -138,8 +138,7 @@ def linear(
 def apply(x: Array, adapter: core.Adapter, *, stop_old: bool = True, precision: Any = None) -> Array:
     r"""The low-rank path alone, :math:`x (A R B)^T`; see `linear`. x (..., d_in) -> (..., d_out)."""
     d_out, d_in = adapter.A.shape[-2], adapter.B.shape[-1]
-    nothing = jnp.zeros((d_out, d_in), x.dtype)  # never multiplied by: the update is all there is
-    check(x, nothing, adapter, None, "out,in")
+    check(x, jax.ShapeDtypeStruct((d_out, d_in), x.dtype), adapter, None, "out,in")
     return _rows(x.astype(adapter.B.dtype), adapter, stop_old, precision).astype(x.dtype)
 
 
@@ -211,13 +210,11 @@ def _adapted_jvp(how: How, primals: Any, tangents: Any) -> Any:
     K, dot = int(how.layout == "out,in"), partial(_dot, precision=how.precision)
     (d_out, r), d_in = A.shape, B.shape[1]
     wrt = tuple(n for n, t in (("x", dx), ("A", dA), ("R_delta", dR), ("B", dB)) if t is not None)
-    order = None if how.order == "merged" else how.order
-    plan = _plan(math.prod(x.shape[:-1]), d_out, d_in, r, str(A.dtype), wrt, order)
-    route = plan.route if {"A": dA is not None, "B": dB is not None and plan.fold_B}.get(plan.route) else "rows"
+    plan = _plan(math.prod(x.shape[:-1]), d_out, d_in, r, str(A.dtype), wrt)  # where to fold, whatever the order
     R = R_old + R_delta
     learns = R_delta if how.stop_old else R
     wide = x.astype(B.dtype)
-    u: Any = dot(wide, B, 1) if dA is not None or (dR is not None and route == "rows") else None
+    u: Any = dot(wide, B, 1) if dA is not None or (dR is not None and plan.route != "B") else None
     inner: list[Array] = []  # (..., r), all to be multiplied by A: their transposes share v = g A
     outer: list[Array] = []  # (..., d_out)
     out = jnp.zeros_like(y)
@@ -234,10 +231,10 @@ def _adapted_jvp(how: How, primals: Any, tangents: Any) -> Any:
         out = out + dot(x, dW, K)
     if dB is not None:
         inner.append(dot(wide, dot(learns, dB, 0), 1) if plan.fold_B else dot(dot(wide, dB, 1), learns, 1))
-    if dR is not None and route == "A":
-        outer.append(dot(u if dA is not None else dot(wide, B, 1), _turned(dR, A, how), 0))
+    if dR is not None and plan.route == "A":
+        outer.append(dot(u, _turned(dR, A, how), 0))
     elif dR is not None:
-        inner.append(dot(wide, dot(dR, B, 0), 1) if route == "B" else dot(u, dR, 1))
+        inner.append(dot(wide, dot(dR, B, 0), 1) if plan.route == "B" else dot(u, dR, 1))
     if dA is not None:
         outer.append(dot(u, _turned(learns, dA, how), 0))
     if inner:
@@ -296,7 +293,7 @@ def _rows(x: Array, adapter: core.Adapter, stop_old: bool, precision: Any) -> Ar
     return old + dot(by(dot(x, B, 1), R_delta), A, 1)
 
 
-def check(x: Array, W: Array, adapter: core.Adapter, bias: Array | None, layout: str, name: str | None = None) -> None:
+def check(x: Array, W: Any, adapter: core.Adapter, bias: Array | None, layout: str, name: str | None = None) -> None:
     """What is static must fit; said before anything is computed."""
     where = "clora_jax.linear" if name is None else f"clora_jax, layer {name!r}"
     if layout not in LAYOUTS:

@@ -40,6 +40,13 @@ def merge(params: Tree, adapters: Tree, *, on_loss: str = "warn", max_loss: floa
     -------
     Merged(params, reports, pristine)
         `unmerge` gives ``pristine`` back; the old weights stay in memory as long as it is kept.
+
+    Raises
+    ------
+    InvalidValueError
+        Too much is lost, with ``on_loss="raise"``; a merged weight that is not finite.
+    OptionError
+        An unknown on_loss; a head that has grown beyond its weight.
     """
     if on_loss not in ("warn", "raise", "ignore"):
         raise option_error("merge", "unknown on_loss", repr(on_loss), "'warn', 'raise' or 'ignore'", "pass one of them")
@@ -47,31 +54,33 @@ def merge(params: Tree, adapters: Tree, *, on_loss: str = "warn", max_loss: floa
     reports, lost = {}, []
     for name, layer in layers(adapters).items():
         info, number = layer.info, find(names, leaves, layer.info)
-        W = leaves[number]
+        new: dict[int, Any] = {}
         if info.kind == "head":
             V = core.routing(layer.adapter, xp=jnp)
-            weight = V[:, :-1] if info.bias is not None else V
-            leaves[number] = _round(weight if info.layout == "out,in" else weight.T, W)
+            weight = V if info.bias is None else V[:, :-1]
+            new[number] = _round(weight if info.layout == "out,in" else weight.T, leaves[number])
             if info.bias is not None:
-                leaves[names[info.bias]] = _round(V[:, -1], leaves[names[info.bias]])
-            continue
-        matrix = W if info.layout == "out,in" else W.mT
-        merged, reports[name] = _merge(matrix, layer.adapter)
-        leaves[number] = merged if info.layout == "out,in" else merged.mT
-        kept, error = float(reports[name].kept.min()), float(reports[name].error.max())  # of stacked layers, the worst
-        if not jnp.isfinite(leaves[number]).all() and bool(jnp.isfinite(W).all()):
-            raise InvalidValueError(
-                message(
-                    "clora_jax.merge",
-                    f"the merged weight of layer {name!r} is not finite",
-                    got="NaN or infinity",
-                    needed="finite numbers",
-                    cause="an update too large for the weight's half precision",
-                    fix="merge into a bfloat16 or float32 weight",
+                new[names[info.bias]] = _round(V[:, -1], leaves[names[info.bias]])
+        else:
+            W = leaves[number] if info.layout == "out,in" else leaves[number].mT
+            merged, reports[name] = _merge(W, layer.adapter)
+            new[number] = merged if info.layout == "out,in" else merged.mT
+            kept, error = float(reports[name].kept.min()), float(reports[name].error.max())  # the worst of a stack
+            if error > max_loss:
+                lost.append(f"{name} ({kept:.0%} kept, {error:.0%} off)")
+        for i, array in new.items():
+            if not jnp.isfinite(array).all() and bool(jnp.isfinite(leaves[i]).all()):
+                raise InvalidValueError(
+                    message(
+                        "clora_jax.merge",
+                        f"the merged weight of layer {name!r} is not finite",
+                        got="NaN or infinity",
+                        needed="finite numbers",
+                        cause="an update too large for the weight's half precision",
+                        fix="merge into a bfloat16 or float32 weight",
+                    )
                 )
-            )
-        if error > max_loss:
-            lost.append(f"{name} ({kept:.0%} kept, {error:.0%} off)")
+            leaves[i] = array
     if lost and on_loss != "ignore":
         text = message(
             "clora_jax.merge",

@@ -32,9 +32,9 @@ def save(
     folder : path
         Made where it does not exist. Saving to it again replaces what is there in one step.
     adapters : pytree of Layer
-        In the present: not `restore`\\ d, not `rows`.
+        As the last task left them, or as they are within the next.
     history : History, optional
-        Without it earlier tasks can't be restored by who loads the folder.
+        Needed once a task is finished.
     overwrite : bool
         Replace the adapter of another run.
 
@@ -42,6 +42,12 @@ def save(
     -------
     History
         To go on with: it knows what was saved where, so that the next save may replace it.
+
+    Raises
+    ------
+    StateError
+        The history is missing; adapters of an earlier task, of mixed rows, of several rules, stacked ones; and what
+        `clora_store.save` says.
     """
     history = history or History()
     path = os.path.realpath(folder)

@@ -59,9 +59,9 @@ def end_task(
     Raises
     ------
     InvalidValueError
-        NaN or infinity in an adapter.
+        NaN or infinity in an adapter; second moments that are none.
     StateError
-        A name that is taken, or second moments of other layers.
+        A name that is taken, second moments of other layers, a history that is missing, a call under jit.
     """
     found, history = layers(adapters), history or History()
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(adapters)):
@@ -92,7 +92,6 @@ def end_task(
                         fix="lower the learning rate, check the data; go on from the adapters before the task",
                     )
                 )
-
     for layer_name, C in (observed or {}).items():
         check_moment(layer_name, jnp.asarray(C), "end_task")
 

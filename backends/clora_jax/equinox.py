@@ -70,7 +70,6 @@ def _is_linear(node: Any) -> bool:
 def put(model: Tree, adapters: Tree) -> Tree:
     """The model with these adapters, new (of `clora_jax.load`, say) or in the place of those it has."""
     given = layers(adapters)
-
     paths, treedef = jax.tree_util.tree_flatten_with_path(model, is_leaf=_is_linear)
     out = []
     for path, node in paths:

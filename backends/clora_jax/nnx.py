@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from ._missing import need
@@ -16,7 +16,6 @@ need("flax", where="clora_jax.nnx", extra="flax")
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array, lax
 from jax.core import Tracer
@@ -24,7 +23,7 @@ from jax.core import Tracer
 import clora_store as store
 from clora_core.errors import StateError, message
 
-from ._attach import Pattern, _check, _find, _nothing, make_head, make_layer, matches, place
+from ._attach import attach as attach_to
 from ._errors import option_error
 from ._history import History
 from ._layer import Layer, Tree, layers
@@ -45,7 +44,7 @@ class CLoRALinear(nnx.Linear):
     in_features, out_features, rngs, and the rest : as `flax.nnx.Linear` takes them
     rank : int
     adapter : mapping, optional
-        Options of `clora_jax.attach`: factors, scheme, scale, stop_old, train_routing, max_rank, seed.
+        Options of `clora_jax.attach`: factors, scheme, scale, stop_old, train_routing, second_order, max_rank, seed.
     """
 
     def __init__(
@@ -59,7 +58,15 @@ class CLoRALinear(nnx.Linear):
         **options: Any,
     ) -> None:
         super().__init__(in_features, out_features, rngs=rngs, **options)
-        _add(self, "kernel", rank, rngs.params(), **(adapter or {}))
+        adapter, key = dict(adapter or {}), rngs.params()
+        if "seed" not in adapter:
+            if isinstance(key, Tracer):
+                got, fix = "a traced key", "pass adapter={'seed': 0}, or make the model outside of jit and vmap"
+                what, cause = "the factors are drawn on the host", "nnx.vmap or nnx.jit around the constructor"
+                raise option_error("nnx.CLoRALinear", what, got, "a key", fix, cause)
+            adapter["seed"] = int(jax.random.randint(key, (), 0, 2**31 - 1))
+        (layer,) = attach_to({"kernel": self.kernel.get_value()}, rank=rank, **adapter).values()
+        setattr(self, KEY, CLoRAVariable(layer))
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """The adapted layer; ``inputs`` (..., in_features)."""
@@ -87,33 +94,15 @@ class CLoRALinearGeneral(nnx.LinearGeneral):
 ADAPTED = {nnx.Linear: CLoRALinear, nnx.LinearGeneral: CLoRALinearGeneral}
 
 
-def attach(
-    model: nnx.Module,
-    *,
-    rank: int,
-    targets: Pattern | Iterable[Pattern] = "all-linear",
-    exclude: Pattern | Iterable[Pattern] = (),
-    ranks: Mapping[Pattern, int] | None = None,
-    heads: Pattern | Iterable[Pattern] = (),
-    max_rank: int | None = None,
-    factors: str = "first-task",
-    scheme: str = "orthonormal",
-    scale: float = 1.0,
-    stop_old: bool = True,
-    train_routing: bool = True,
-    second_order: bool = False,
-    seed: int | np.random.Generator = 0,
-) -> dict[str, Layer]:
+def attach(model: nnx.Module, **options: Any) -> dict[str, Layer]:
     """Exchange linear layers of a model for adapted ones, in place; the function does not change.
 
     Parameters
     ----------
     model : flax.nnx.Module
-    targets, exclude, ranks, heads
-        Patterns over the paths of `flax.nnx.Linear` and `flax.nnx.LinearGeneral` modules, as in `clora_jax.attach`:
-        "query", "layers.*.mlp.up". The projections of `flax.nnx.MultiHeadAttention` are such modules.
-    rank, max_rank, factors, scheme, scale, stop_old, train_routing, second_order, seed
-        See `clora_jax.attach`.
+    options
+        As `clora_jax.attach` takes them. Patterns are over the paths of `flax.nnx.Linear` and `flax.nnx.LinearGeneral`
+        modules: "query", "layers.*.mlp.up". The projections of `flax.nnx.MultiHeadAttention` are such modules.
 
     Returns
     -------
@@ -127,27 +116,11 @@ def attach(
     StateError
         A layer that has an adapter already.
     """
-    _check(factors, scheme, train_routing, rank, max_rank, None)
-    modules = dict(_modules(model))
-    kernels = {f"{name}.kernel".removeprefix("."): module for name, module in modules.items()}
-    shapes = {leaf: np.empty(_matrix(module), bool) for leaf, module in kernels.items()}
-    head_leaves = _find(shapes, heads, "heads") if heads else []
-    chosen = _find(shapes, targets, "targets", exclude, head_leaves) if targets else []
-    for pattern in ranks or {}:
-        if not any(matches(leaf, pattern) for leaf in chosen):
-            raise _nothing("ranks", pattern, chosen)
-    rng = seed if isinstance(seed, np.random.Generator) else np.random.default_rng(seed)
-    rules = {"factors": factors, "stop_old": stop_old, "train_routing": train_routing, "scale": float(scale)}
-    rules |= {"second_order": second_order}
-    made: dict[str, Layer] = {}
-    for leaf in [*chosen, *head_leaves]:
-        module = kernels[leaf]
-        _refuse(leaf, module)
-        own = [r for pattern, r in (ranks or {}).items() if matches(leaf, pattern)]
-        head = leaf in head_leaves
-        made[leaf] = _make(module, leaf, head, rng, own[-1] if own else rank, max_rank, scheme, rules)
-    for leaf, layer in made.items():
-        _exchange(kernels[leaf], layer)
+    modules = _kernels(model)
+    made = attach_to(_params(modules), **options)
+    for layer in made.values():
+        _refuse(layer.info.leaf, modules[layer.info.leaf])
+    update(model, made)
     return adapters(model)
 
 
@@ -157,13 +130,12 @@ def adapters(model: nnx.Module) -> dict[str, Layer]:
     Layers are named by their place in the model, also in its Variables, whoever made them.
     """
     found: dict[str, Layer] = {}
-    for name, module in _modules(model):
+    for leaf, module in _kernels(model).items():
         if hasattr(module, KEY):
             layer = getattr(module, KEY).get_value()
-            leaf = f"{name}.kernel".removeprefix(".")
-            bias = None if layer.info.bias is None else f"{name}.bias".removeprefix(".")
+            bias = None if layer.info.bias is None else _bias(leaf)
             if (layer.info.leaf, layer.info.bias) != (leaf, bias):
-                layer = layer.with_info(name=name or leaf, leaf=leaf, bias=bias)
+                layer = layer.with_info(name=leaf.rpartition(".")[0] or leaf, leaf=leaf, bias=bias)
                 getattr(module, KEY).set_value(layer)
             found[leaf] = layer
     return layers(found)
@@ -177,8 +149,7 @@ def update(model: nnx.Module, adapters: Tree) -> None:
     OptionError
         An adapter whose layer the model does not have, or has in another shape, or that can't be adapted.
     """
-    wanted = layers(adapters)
-    modules = {f"{name}.kernel".removeprefix("."): module for name, module in _modules(model)}
+    wanted, modules = layers(adapters), _kernels(model)
     for name, layer in wanted.items():
         module = modules.get(layer.info.leaf)
         if module is None or _matrix(module) != layer.info.shape:
@@ -200,12 +171,7 @@ def load(
     model: nnx.Module, folder: str | os.PathLike[str] | store.State, **options: Any
 ) -> tuple[dict[str, Layer], History]:
     """Adapters from a folder that any framework of clora wrote, put on a model in place; see `clora_jax.load`."""
-    params: dict[str, Any] = {}
-    for name, module in _modules(model):
-        params[f"{name}.kernel".removeprefix(".")] = module.kernel.get_value().reshape(_matrix(module))
-        if module.bias is not None:
-            params[f"{name}.bias".removeprefix(".")] = module.bias.get_value().reshape(-1)
-    loaded, history = load_onto(folder, params, **options)
+    loaded, history = load_onto(folder, _params(_kernels(model)), **options)
     update(model, loaded)
     return loaded, history
 
@@ -233,17 +199,33 @@ def bind(graphdef: nnx.GraphDef[Any], state: Any, adapters: Tree) -> Any:
 def detach(model: nnx.Module) -> None:
     """Take every adapter out again: the original layers, their kernels untouched."""
     back = {adapted: plain for plain, adapted in ADAPTED.items()}
-    for _, module in _modules(model):
+    for module in _kernels(model).values():
         if hasattr(module, KEY):
             delattr(module, KEY)
             module.__class__ = back[type(module)]
 
 
-def _modules(model: nnx.Module) -> Iterable[tuple[str, Any]]:
-    """Linear layers with their paths; a shared one once."""
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Linear | nnx.LinearGeneral):
-            yield ".".join(map(str, path)), node
+def _kernels(model: nnx.Module) -> dict[str, Any]:
+    """Linear layers by the paths of their kernels; a shared one once."""
+    linear = nnx.Linear | nnx.LinearGeneral
+    paths = ((path, node) for path, node in nnx.iter_graph(model) if isinstance(node, linear))
+    return {".".join(map(str, (*path, "kernel"))): node for path, node in paths}
+
+
+def _bias(leaf: str) -> str:
+    return f"{leaf.removesuffix('kernel')}bias"
+
+
+def _params(modules: Mapping[str, Any]) -> dict[str, Any]:
+    """Kernels as matrices, and biases as vectors, by their paths; one layer for a stack, which is refused later."""
+    params: dict[str, Any] = {}
+    for leaf, module in modules.items():
+        kernel = module.kernel.get_value()
+        shape = _matrix(module)
+        params[leaf] = kernel.reshape(shape) if kernel.size == math.prod(shape) else jnp.zeros(shape, kernel.dtype)
+        if module.bias is not None:
+            params[_bias(leaf)] = module.bias.get_value().reshape(-1)
+    return params
 
 
 def _matrix(module: Any) -> tuple[int, int]:
@@ -266,59 +248,23 @@ def _refuse(leaf: str, module: Any) -> None:
             )
         )
     reason = None
-    axes = 2 if isinstance(module, nnx.Linear) else len((*module.in_features, *module.out_features))
-    if type(module) in ADAPTED and module.kernel.get_value().ndim != axes + len(getattr(module, "batch_axis", ())):
-        reason = "a stack of layers, as nnx.vmap makes them"
-    elif type(module) not in ADAPTED:
+    if type(module) not in ADAPTED:
         reason = f"a {type(module).__name__}, whose forward pass may be its own"
-    elif isinstance(module, nnx.LinearGeneral):
-        count = len(module.in_features)
-        if module.batch_axis or sorted(a if a < 0 else a - 100 for a in module.axis) != list(range(-count, 0)):
-            reason = "a LinearGeneral that contracts other axes than the last ones, in order"
-    own_dot = getattr(module, "dot_general_cls", None) or module.dot_general not in (None, lax.dot_general)
-    if reason is None and own_dot:
+    elif module.kernel.get_value().size != math.prod(_matrix(module)):
+        reason = "a stack of layers, as nnx.vmap makes them, or with batch axes"
+    elif isinstance(module, nnx.LinearGeneral) and module.axis != tuple(range(-len(module.in_features), 0)):
+        reason = "a LinearGeneral that contracts other axes than the last ones, in order"
+    elif getattr(module, "dot_general_cls", None) or module.dot_general not in (None, lax.dot_general):
         reason = "a dot_general of its own"
-    if reason is None and module.preferred_element_type is not None:
+    elif module.preferred_element_type is not None:
         reason = "a preferred_element_type"
     if reason is not None:
         fix, cause = "exclude= it", "a quantised layer, or one of a library's own"
         raise option_error("nnx.attach", f"layer {name!r} can't be adapted", reason, "a plain linear layer", fix, cause)
 
 
-def _make(
-    module: Any, leaf: str, head: bool, rng: Any, rank: int, max_rank: int | None, scheme: str, rules: dict[str, Any]
-) -> Layer:
-    kernel = module.kernel.get_value()
-    flat = kernel if kernel.ndim == 2 else kernel.reshape(_matrix(module))
-    if head and module.bias is not None:
-        beside = f"{leaf.rpartition('.')[0]}.bias".removeprefix(".")
-        bias = module.bias.get_value().reshape(-1)
-        return make_head(flat, bias, place(leaf, flat, "in,out", "head", beside, rules))
-    info = place(leaf, flat, "in,out", "head" if head else "linear", None, rules)
-    return make_head(flat, None, info) if head else make_layer(flat, info, rng, rank, max_rank, scheme)
-
-
 def _exchange(module: Any, layer: Layer) -> None:
     module.__class__ = ADAPTED[type(module)]
-    setattr(module, KEY, CLoRAVariable(layer))
-
-
-def _add(
-    module: Any, leaf: str, rank: int, key: Any, *, seed: Any = None, max_rank: int | None = None, **options: Any
-) -> None:
-    defaults = {"factors": "first-task", "stop_old": True, "train_routing": True, "scale": 1.0, "scheme": "orthonormal"}
-    defaults |= {"second_order": False}
-    if seed is None:
-        if isinstance(key, Tracer):
-            got, fix = "a traced key", "pass adapter={'seed': 0}, or make the model outside of jit and vmap"
-            raise option_error("nnx.CLoRALinear", "the factors are drawn on the host", got, "a key", fix, "nnx.vmap")
-        seed = int(jax.random.randint(key, (), 0, 2**31 - 1))
-    if strange := set(options) - set(defaults):
-        raise option_error("nnx.CLoRALinear", "unknown option", min(strange), ", ".join(defaults), "correct it")
-    rules = {**defaults, **options}
-    scheme = rules.pop("scheme")
-    _check(rules["factors"], scheme, rules["train_routing"], rank, max_rank, None)
-    layer = _make(module, leaf, False, np.random.default_rng(seed), rank, max_rank, scheme, rules)
     setattr(module, KEY, CLoRAVariable(layer))
 
 
