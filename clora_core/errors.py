@@ -23,6 +23,10 @@ class NamespaceError(CloraError, TypeError):
     """Something that is not an array, or arrays of several libraries in one call."""
 
 
+class DeviceError(CloraError, ValueError):
+    """Arrays on several devices in one call, or on a device where they can't be used without a copy."""
+
+
 class OptionError(CloraError, ValueError):
     """An option with a value that does not exist: a scheme, form, method, suite, gradient name."""
 

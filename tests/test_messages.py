@@ -316,6 +316,7 @@ def test_errors_are_also_the_builtin_ones() -> None:
     assert issubclass(errors.RankError, errors.ShapeError)
     assert issubclass(errors.DTypeError, TypeError)
     assert issubclass(errors.NamespaceError, TypeError)
+    assert issubclass(errors.DeviceError, ValueError)
     assert issubclass(errors.OptionError, ValueError)
     assert issubclass(errors.InvalidValueError, ValueError)
     assert issubclass(errors.MomentsIncomplete, errors.StateError)

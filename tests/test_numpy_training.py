@@ -465,6 +465,77 @@ def test_a_whole_life_on_the_strict_namespace(device):
     adapter.unmerge()
 
 
+# --- growing ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factors", ["first-task", "never", "every-task"])
+def test_spare_directions_keep_the_meter_exact(factors):
+    """Drawn at the start and always observed: expand changes neither the outputs (zeros are added) nor the meter."""
+    adapter = make(factors, rank=3, max_rank=5)
+    optimizer = clora.Optimizer(adapter, clora.sgd(1e-2))
+    live(adapter, optimizer, tasks=2)
+    x, _ = data(0)
+    one, frames = adapter.layers["one"], {n: layer.adapter for n, layer in adapter.layers.items()}
+    before = one.forward(x)
+    meter = adapter.drift() if factors != "every-task" else None
+    adapter.expand(1)
+    for name, layer in adapter.layers.items():
+        if frames[name].A is not None:
+            assert layer.adapter.A.shape[1] == 4
+            assert (layer.adapter.A[:, :3] == frames[name].A).all()
+            assert not layer.adapter.R_old[3:].any()
+            assert not layer.adapter.R_old[:, 3:].any()
+    room = sum(bounds.linear(x, one.W, frame, one.bias) for frame in (frames["one"], one.adapter))
+    assert (np.abs(one.forward(x) - before) <= room).all()
+    if meter is not None:
+        for name, value in adapter.drift().items():
+            layer = adapter.layers[name]
+            wide = core.Adapter(*(a if a is None else a.astype(np.float64) for a in layer.adapter))
+            assert abs(value - meter[name]) <= 2 * bounds.drift(wide, adapter.moments(name))
+        live_on(adapter, optimizer, 2)
+    adapter.restore("t0")
+    assert adapter.layers["one"].adapter.A.shape[1] == 3
+
+
+def live_on(adapter, optimizer, t):
+    x, y = data(t)
+    with adapter.task(f"t{t}"):
+        learn(adapter, optimizer, x, y, steps=3)
+        adapter.observe([x])
+
+
+def test_directions_drawn_later_are_unknown_to_earlier_tasks():
+    """The meter would be wrong, so it raises; before the first task nothing is lost."""
+    adapter = make(rank=3)
+    adapter.expand(1, seed=1)
+    live(adapter, clora.Optimizer(adapter, clora.sgd(1e-2)), tasks=1)
+    assert adapter.drift()
+    adapter.expand(1, seed=2)
+    with pytest.raises(MomentsIncomplete, match="max_rank"):
+        adapter.drift()
+    assert np.isfinite(adapter.network.forward(data(0)[0])).all()
+
+
+def test_growth_out_of_order_is_told_and_changes_nothing():
+    adapter = make(rank=3)
+    before = [layer.adapter for layer in adapter.layers.values()]
+    for by, seed, error, words in (
+        (0, 0, RankError, "1 <= by"),
+        (9, 0, RankError, "by=9 at rank 3"),
+        (1, None, OptionError, "seed=None"),
+    ):
+        with pytest.raises(error, match=words):
+            adapter.expand(by, seed=seed)
+    adapter.merge()
+    with pytest.raises(StateError, match="unmerge"):
+        adapter.expand(1, seed=0)
+    adapter.unmerge()
+    adapter.begin_task("t0")
+    with pytest.raises(StateError, match="end the task"):
+        adapter.expand(1, seed=0)
+    assert all(a is b for a, b in zip(before, [layer.adapter for layer in adapter.layers.values()], strict=True))
+
+
 # --- bad input -------------------------------------------------------------------------------------------------
 
 
@@ -489,6 +560,11 @@ BAD = {
         lambda: clora.attach(network(), rank=1, rng=0, train_routing=False),
         OptionError,
         "every-task",
+    ),
+    "max_rank below the rank": (
+        lambda: clora.attach(network(), rank=2, rng=0, max_rank=1),
+        OptionError,
+        "max_rank >= rank",
     ),
     "dead start": (
         lambda: clora.attach(network(), rank=1, rng=0, scheme="lora", factors="never"),

@@ -62,12 +62,13 @@ def restore(adapters: Tree, history: History, name: str) -> Tree:
 
     def back(layer: Layer) -> Layer:
         A, R, zero, B = _layer_of(snapshot, layer, "restore", name)
-        if layer.info.kind == "head" or A is not None:
-            return dataclasses.replace(layer, adapter=jax.tree.map(jnp.copy, core.Adapter(A, R, zero, B)))
-        A, _, _, B = layer.whole()
+        if layer.info.kind == "head":
+            return dataclasses.replace(layer, adapter=jax.tree.map(jnp.copy, core.Adapter(None, R, zero, None)))
+        A_now, _, _, B_now = layer.whole()
         r = R.shape[-1]
-        spare = (A[..., r:], B[..., r:, :]) if r < A.shape[-1] else None
-        adapter = jax.tree.map(jnp.copy, core.Adapter(A[..., :r], R, zero, B[..., :r, :]))
+        spare = (A_now[..., r:], B_now[..., r:, :]) if r < A_now.shape[-1] else None
+        A, B = (A_now[..., :r], B_now[..., :r, :]) if A is None else (A, B)
+        adapter = jax.tree.map(jnp.copy, core.Adapter(A, R, zero, B))
         return dataclasses.replace(layer, adapter=adapter, spare=spare)
 
     return map_layers(back, adapters)

@@ -41,6 +41,8 @@ class Info(NamedTuple):
         A task is finished.
     complete : bool
         Every finished task was observed, in all directions that are in use.
+    blind : bool
+        Directions are in use that an earlier task knows nothing of.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Info(NamedTuple):
     second_order: bool = False
     started: bool = False
     complete: bool = True
+    blind: bool = False
 
 
 @jax.tree_util.register_dataclass

@@ -115,6 +115,7 @@ def load(
                 "load", "two saved layers belong to one module", got, "one each", fix, "names= that meet"
             )
         info = info._replace(started=bool(state.tasks), complete=layer.complete and not state.unobserved)
+        info = info._replace(blind=not layer.complete)
         out[info.name] = _layer(layer, leaves[leaf_numbers[leaf]], info)
         here[name] = info.name
     snapshots = {
@@ -142,7 +143,7 @@ def to_state(adapters: Tree, history: History) -> store.State:
             adapter=core.Adapter(*map(_host, layer.adapter)),
             spare=None if layer.spare is None else (_host(layer.spare[0]), _host(layer.spare[1])),
             moments=None if layer.moments is None else core.Moments(*(_host(a) for a in layer.moments)),
-            complete=info.complete or bool(history.unobserved),
+            complete=not info.blind,
         )
     snapshots = {
         task: {

@@ -108,8 +108,7 @@ def end_task(
 
     adapters = map_layers(end, adapters)
     snapshot = {n: snapshot_of(layer) for n, layer in layers(adapters).items()}
-    missing = observed is None and any(layer.moments is not None for layer in found.values())
-    unobserved = (*history.unobserved, name) if missing else history.unobserved
+    unobserved = (*history.unobserved, name) if observed is None else history.unobserved
     snapshots = {**history.snapshots, name: snapshot}
     return adapters, dataclasses.replace(history, snapshots=snapshots, unobserved=unobserved, open=None)
 
@@ -211,7 +210,7 @@ def expand(adapters: Tree, by: int, *, seed: int | np.random.Generator | None = 
                 )
             )
         new = r + by - whole.A.shape[-1]
-        moments, complete = layer.moments, layer.info.complete
+        moments, blind = layer.moments, layer.info.blind
         if new > 0:
             if rng is None:
                 fix, cause = "pass seed=, or attach with max_rank=", "no max_rank, or one that is reached"
@@ -219,7 +218,7 @@ def expand(adapters: Tree, by: int, *, seed: int | np.random.Generator | None = 
             drawn = spare_directions(np.asarray(whole.A), np.asarray(whole.B), new, rng, layer.info.scale)
             A_new, B_new = _put(drawn[0], layer.adapter.A.sharding), _put(drawn[1], layer.adapter.B.sharding)
             whole = core.expand(whole, A_new, B_new, xp=jnp)
-            complete = complete and not layer.info.started
+            blind = blind or layer.info.started
             if moments is not None:
                 S, P, q = moments
                 moments = core.Moments(_wider(S, new), _wider(P, new), q)
@@ -228,7 +227,8 @@ def expand(adapters: Tree, by: int, *, seed: int | np.random.Generator | None = 
         R_old, R_delta = (R[..., :n, :n] for R in (R_old, R_delta))  # core.expand has put zeros there
         adapter = core.Adapter(A[..., :n], R_old, R_delta, B[..., :n, :])
         spare = (A[..., n:], B[..., n:, :]) if A.shape[-1] > n else None
-        return dataclasses.replace(layer, adapter=adapter, spare=spare, moments=moments).with_info(complete=complete)
+        grown = dataclasses.replace(layer, adapter=adapter, spare=spare, moments=moments)
+        return grown.with_info(complete=layer.info.complete and not blind, blind=blind)
 
     layers(adapters)
     return map_layers(grow, adapters)

@@ -8,17 +8,20 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 from array_api_compat import array_namespace, device
 
 import clora_core as core
 from clora_core.errors import InvalidValueError, MomentsIncomplete, OptionError, StateError, message
 
+from . import growth
 from .layers import Head, Layer, Network
 from .optimizers import Rule
 
 Array = Any
+Kind = TypeVar("Kind", bound="ContinualAdapter")
 FACTORS = ("every-task", "first-task", "never")
 
 
@@ -29,6 +32,7 @@ def attach(
     rng: Any,
     targets: Sequence[str] = ("*",),
     factors: str = "first-task",
+    max_rank: int | None = None,
     scheme: str = "orthonormal",
     scale: float = 1.0,
     stop_old: bool = True,
@@ -49,6 +53,9 @@ def attach(
     factors : {"first-task", "every-task", "never"}
         When A and B learn. "every-task" is the paper; then second moments would be stale, so `drift`, `protect` and the
         drift penalty raise.
+    max_rank : int, optional
+        Directions up to this rank (or a layer's own limit) are drawn now and observed in every task, so that `expand`
+        keeps meter and protection exact. They cost a product with x in `observe`, nothing in training.
     scheme : {"orthonormal", "lora", "svd"}
         Start of the factors, see `clora_core.init_adapter`.
     scale : float
@@ -72,8 +79,40 @@ def attach(
     RankError
         The rank does not fit a layer.
     """
+    options = {"factors": factors, "max_rank": max_rank, "scheme": scheme, "scale": scale, "stop_old": stop_old}
+    return attach_as(
+        ContinualAdapter, network, rank=rank, rng=rng, targets=targets, **options, train_routing=train_routing
+    )
+
+
+def attach_as(
+    kind: type[Kind],
+    network: Network | Mapping[str, Any] | Sequence[Any],
+    *,
+    rank: int,
+    rng: Any,
+    targets: Sequence[str] = ("*",),
+    factors: str = "first-task",
+    max_rank: int | None = None,
+    scheme: str = "orthonormal",
+    scale: float = 1.0,
+    stop_old: bool = True,
+    train_routing: bool = True,
+) -> Kind:
+    """`attach`, for a package whose ContinualAdapter is a subclass of this one."""
     where = "clora_numpy.attach"
     network = network if isinstance(network, Network) else Network(network)
+    if max_rank is not None and max_rank < rank:
+        raise OptionError(
+            message(
+                where,
+                "max_rank is below the rank",
+                got=f"rank={rank}, max_rank={max_rank}",
+                needed="max_rank >= rank",
+                cause="the growth passed for the final rank",
+                fix="pass the rank to grow to at most",
+            )
+        )
     if factors not in FACTORS:
         raise OptionError(
             message(
@@ -136,18 +175,23 @@ def attach(
                 )
             )
     if isinstance(rng, int):
-        import numpy as np
-
         rng = np.random.default_rng(rng)
-    adapters = {
-        name: core.init_adapter(rng, layer.W.shape[0], layer.W.shape[1], rank, scheme=scheme, W=layer.W)
-        for name, layer in chosen.items()
-    }
+    adapters, spares = dict[str, core.Adapter](), dict[str, tuple[Array, Array]]()
     for name, layer in chosen.items():
-        layer.adapter = adapters[name]._replace(A=scale * adapters[name].A)
-        layer.stop_old = stop_old
+        d_out, d_in = layer.W.shape
+        drawn = core.init_adapter(rng, d_out, d_in, rank, scheme=scheme, W=layer.wide_weight())
+        adapters[name] = drawn._replace(A=scale * drawn.A)
+        more = 0 if max_rank is None else min(max_rank, d_out, d_in) - rank
+        if more > 0:
+            spares[name] = growth.draw_spare(adapters[name], more, rng, scale)
+    for name, layer in chosen.items():
+        layer.adapter, layer.stop_old = adapters[name], stop_old
     heads = {name: module for name, module in network.modules.items() if isinstance(module, Head)}
-    return ContinualAdapter(network, {**chosen, **heads}, factors, train_routing)
+    adapter = kind(network, {**chosen, **heads}, factors, train_routing)
+    adapter.scale = scale
+    for name, directions in spares.items():
+        growth.add_spare(adapter, name, *directions)
+    return adapter
 
 
 class ContinualAdapter:
@@ -162,11 +206,16 @@ class ContinualAdapter:
         When A and B learn.
     tasks : list of str
         Finished tasks, in order.
+    framework : str
+        Name and version of the library, for what is saved.
     """
+
+    framework = f"numpy {np.__version__}"
 
     def __init__(self, network: Network, layers: dict[str, Any], factors: str, train_routing: bool) -> None:
         self.network, self.layers, self.factors, self.train_routing = network, layers, factors, train_routing
         self.tasks: list[str] = []
+        self.scale = 1.0
         self._open: str | None = None
         self._observed: dict[str, Array] | None = None
         self._unobserved: list[str] = []
@@ -174,7 +223,8 @@ class ContinualAdapter:
         self._optimizers: list[Optimizer] = []
         self._moments = {name: core.empty_moments(_wide(layer.adapter)) for name, layer in layers.items()}
         self._fast: dict[str, core.Moments] = {}
-        # From a folder: directions beyond those in use, the last of the memory; what is not in order; where it belongs.
+        # Directions beyond those in use, the last of the memory; layers that were not observed in all they use; from a
+        # folder, where a layer belongs.
         self._spare: dict[str, tuple[Array, Array]] = {}
         self._blind: list[str] = []
         self._targets: dict[str, Any] = {}
@@ -256,19 +306,7 @@ class ContinualAdapter:
         """Fold R_delta, add what was observed to the memory, and keep a snapshot of the routing for `restore`."""
         if self._open is None:
             raise _state("end_task", "no task is open", "begin_task(name) first, or use `with adapter.task(name)`")
-        for name, layer in self.layers.items():
-            for field, array in zip(layer.adapter._fields, layer.adapter, strict=True):
-                if array is not None and not bool(array_namespace(array).all(array_namespace(array).isfinite(array))):
-                    raise InvalidValueError(
-                        message(
-                            "clora_numpy.end_task",
-                            f"{field} of layer {name!r} is not finite",
-                            got="NaN or infinity",
-                            needed="finite numbers",
-                            cause="a diverged training step",
-                            fix="lower the learning rate, check the data; `with adapter.task(...)` puts the state back",
-                        )
-                    )
+        self._check_finite()
         for name, layer in self.layers.items():
             layer.adapter, layer.gradients = core.end_task(layer.adapter), {}
             # Folded first: the memory holds the sum as rounded. Where factors go on learning it would be stale.
@@ -280,6 +318,25 @@ class ContinualAdapter:
         self.tasks.append(self._open)
         self._open, self._observed = None, None
         self._choose_trained()
+
+    def _check_finite(self) -> None:
+        arrays = {
+            (name, field): array
+            for name, layer in self.layers.items()
+            for field, array in zip(layer.adapter._fields, layer.adapter, strict=True)
+            if array is not None
+        }
+        for name, field in _false({key: _finite(array) for key, array in arrays.items()}):
+            raise InvalidValueError(
+                message(
+                    "clora_numpy.end_task",
+                    f"{field} of layer {name!r} is not finite",
+                    got="NaN or infinity",
+                    needed="finite numbers",
+                    cause="a diverged training step",
+                    fix="lower the learning rate, check the data; `with adapter.task(...)` puts the state back",
+                )
+            )
 
     def observe(self, batches: Iterable[Any]) -> None:
         """Take the second moments of the open task's routed inputs, once, when its training is over.
@@ -329,7 +386,7 @@ class ContinualAdapter:
         if name not in self._spare:
             return u
         xp = array_namespace(u)
-        more = layer.input @ xp.matrix_transpose(self._spare[name][1])
+        more = layer.wide_input() @ xp.matrix_transpose(self._spare[name][1])
         return xp.concat([u, xp.reshape(more, (-1, more.shape[-1]))], axis=1)
 
     def _need_moments(self, verb: str) -> None:
@@ -372,7 +429,7 @@ class ContinualAdapter:
 
     def penalty(
         self, weight: float = 1.0, *, kind: str = "drift", head_weight: float | None = None, **options: Any
-    ) -> float:
+    ) -> Array:
         """Add a penalty's gradient to the layers' gradients, and return its value; call between backward and step.
 
         Parameters
@@ -388,8 +445,9 @@ class ContinualAdapter:
 
         Returns
         -------
-        float
-            The weighted sum over layers.
+        array, shape ()
+            The weighted sum over layers, of the layers' library, dtype and device: ``float(...)`` prints it, which on a
+            GPU waits for everything before it. 0 before a first task is finished.
         """
         if kind not in ("drift", "orthogonality"):
             raise OptionError(
@@ -407,9 +465,9 @@ class ContinualAdapter:
         if kind == "drift":
             self._need_moments("penalty")
             if not self.tasks:
-                return 0.0
+                return self._zero()
             options = {"since": "boundary", **options}
-        total = 0.0
+        total = self._zero()
         for name, layer in self.layers.items():
             if isinstance(layer, Head) and kind == "orthogonality":
                 continue
@@ -422,8 +480,12 @@ class ContinualAdapter:
                 value = core.orthogonality(adapter, **form)
                 gradient = core.orthogonality_vjp(adapter, **form)
             layer.add_gradient("R_delta", scale * gradient)
-            total += scale * float(value)
+            total = total + scale * value
         return total
+
+    def _zero(self) -> Array:
+        R = next(iter(self.layers.values())).adapter.R_delta
+        return array_namespace(R).zeros((), dtype=R.dtype, device=device(R))
 
     def _old_span(
         self, name: str, adapter: core.Adapter, *, form: str = "basis", energy: float = 0.9, normalize: bool = False
@@ -453,6 +515,29 @@ class ContinualAdapter:
         self._need_moments("protect")
         optimizer.protect(energy, energy if head_energy is None else head_energy)
 
+    # --- growing -----------------------------------------------------------------------------------------------
+
+    def expand(self, by: int, *, seed: int | np.random.Generator | None = None) -> None:
+        """Raise every layer's rank between tasks, the function unchanged: routing expansion, see `clora_core.expand`.
+
+        Parameters
+        ----------
+        by : int >= 1
+            New directions for each layer, of those drawn at the start (``max_rank``) first. Beyond these new ones are
+            drawn, of which earlier tasks know nothing: `drift`, `penalty` and `protect` then raise
+            `MomentsIncomplete`.
+        seed : int or numpy.random.Generator, optional
+            For what is drawn.
+
+        Raises
+        ------
+        RankError
+            A rank above min(d_out, d_in) of a layer; nothing has changed.
+        OptionError
+            New directions are needed, and no seed is given.
+        """
+        growth.expand(self, by, seed)
+
     # --- going back --------------------------------------------------------------------------------------------
 
     def restore(self, name: str) -> None:
@@ -470,7 +555,7 @@ class ContinualAdapter:
         for n, layer in self.layers.items():
             before = self._snapshots[name][n]
             r = before.R_old.shape[-1]
-            if self.factors != "every-task" and before.A is not None and r != layer.adapter.R_old.shape[-1]:
+            if before.A is not None and r != layer.adapter.R_old.shape[-1]:
                 A, _, _, B = self._whole(n)  # of the highest rank
                 self._spare.pop(n, None)
                 if r < A.shape[-1]:
@@ -594,12 +679,12 @@ class Optimizer:
         if not self._energies or not self.adapter.tasks:
             return
         self.adapter._need_moments("protect")
-        full = []
+        free = {}
         for n, layer in self.adapter.layers.items():
             basis = core.protected_basis(self.adapter.moments(n).S, energy=self._energies[n])
             self._bases[n] = _like(basis, layer.adapter.R_delta)
-            if bool(array_namespace(basis.weights).all(basis.weights > 0)):
-                full.append(n)
+            free[n] = array_namespace(basis.weights).any(basis.weights == 0)
+        full = _false(free)
         if full:
             warnings.warn(
                 f"no direction is left to learn in for {', '.join(full)}: all are needed to hold the protected share "
@@ -619,6 +704,21 @@ def _state(verb: str, what: str, fix: str) -> StateError:
             fix=fix,
         )
     )
+
+
+def _false(flags: Mapping[Any, Array]) -> list[Any]:
+    """The keys whose flag is false. Where all are true that costs one wait for the device, however many there are."""
+    if not flags:
+        return []
+    xp = array_namespace(*flags.values())
+    if bool(xp.all(xp.stack(list(flags.values())))):
+        return []
+    return [key for key, flag in flags.items() if not bool(flag)]
+
+
+def _finite(array: Array) -> Array:
+    xp = array_namespace(array)
+    return xp.all(xp.isfinite(array))
 
 
 def _wide_array(array: Array | None) -> Array | None:

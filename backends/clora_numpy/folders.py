@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from array_api_compat import array_namespace, device
+from array_api_compat import array_namespace, device, is_cupy_array, is_numpy_array, is_torch_array, to_device
 
 import clora_core as core
 import clora_store as store
 from clora_core.errors import OptionError, ShapeError, StateError, message
 
-from .continual import ContinualAdapter, _like
+from .continual import ContinualAdapter, Kind, _like
 from .layers import Head, Layer, Network
 
 Array = Any
@@ -66,11 +66,23 @@ def load(
         A layer that the network does not have (near names are listed), has in another size, or that has an adapter;
         nothing changed.
     """
+    return load_as(ContinualAdapter, network, folder, finite=finite, names=names)
+
+
+def load_as(
+    kind: type[Kind],
+    network: Network | Mapping[str, Any] | Sequence[Any],
+    folder: str | os.PathLike[str] | store.State,
+    *,
+    finite: bool = True,
+    names: Mapping[str, str] | None = None,
+) -> Kind:
+    """`load`, for a package whose ContinualAdapter is a subclass of this one."""
     network = network if isinstance(network, Network) else Network(network)
     state = folder if isinstance(folder, store.State) else store.load(folder, finite=finite)
     if state is folder:
         store.check(state, "clora_numpy.load", finite=finite)
-    options = {"stop_old": True, "train_routing": True, **state.options}
+    options = {"stop_old": True, "train_routing": True, "scale": 1.0, **state.options}
     places = store.places(state, names or {}, "clora_numpy.load")
     if len(set(places.values())) < len(places):
         got, fix = ", ".join(map(repr, places.values())), "give every saved layer a name of its own"
@@ -89,10 +101,11 @@ def load(
             rows = xp.zeros((missing, module._start.shape[1]), dtype=module._start.dtype, device=device(module._start))
             module._start = xp.concat([module._start, rows], axis=0)
     layers = {places[name]: module for name, module in modules.items()}
-    adapter = ContinualAdapter(network, layers, state.factors, options["train_routing"])
+    adapter = kind(network, layers, state.factors, options["train_routing"])
+    adapter.scale = float(options["scale"])
     for name, layer in state.layers.items():
         here, border = places[name], arrays[name]
-        if layer.spare is not None and state.factors != "every-task":  # there no memory depends on them
+        if layer.spare is not None:
             adapter._spare[here] = border.fast(layer.spare[0]), border.fast(layer.spare[1])
             adapter._moments[here] = core.empty_moments(adapter._whole(here))
         if layer.moments is not None:
@@ -164,8 +177,9 @@ def to_state(adapter: ContinualAdapter) -> store.State:
             **options,
             "stop_old": layer is None or layer.stop_old,
             "train_routing": adapter.train_routing,
+            "scale": adapter.scale,
         },
-        provenance={**provenance, "framework": f"numpy {np.__version__}"},
+        provenance={**provenance, "framework": adapter.framework},
     )
 
 
@@ -186,9 +200,10 @@ class _Border:
 
     def __init__(self, module: Layer | Head) -> None:
         example = module.W if isinstance(module, Layer) else module._start
-        self.xp, self.dtype, self.device = array_namespace(example), example.dtype, device(example)
+        self.xp, self.device = array_namespace(example), device(example)
+        self.dtype = module.adapter_dtype if isinstance(module, Layer) else example.dtype
         dtypes = self.xp.__array_namespace_info__().dtypes(device=self.device, kind="real floating")
-        self.widest = dtypes.get("float64", example.dtype)
+        self.widest = dtypes.get("float64", self.dtype)
 
     def fast(self, array: Array) -> Array:
         """For the layer."""
@@ -205,8 +220,13 @@ class _Border:
         return self.xp.astype(self.xp.asarray(np.array(standard), device=self.device), dtype)
 
 
-def _host(array: Array) -> Any:
-    return None if array is None else np.asarray(array)
+def _host(array: Array | None) -> Any:
+    """In NumPy, from wherever it is: no library hands over another device's memory unasked."""
+    if array is None:
+        return None
+    if is_numpy_array(array) or is_cupy_array(array) or is_torch_array(array):
+        return np.asarray(to_device(array, "cpu"))
+    return np.asarray(to_device(array, array_namespace(array).__array_namespace_info__().default_device()))
 
 
 def _target(name: str, layer: Layer | Head) -> tuple[str, store.Target]:

@@ -60,6 +60,21 @@ class Layer:
         """True between `merge` and `unmerge`."""
         return self._pristine is not None
 
+    @property
+    def adapter_dtype(self) -> Any:
+        """Of the adapter: the weight's own."""
+        return self.W.dtype
+
+    def wide_weight(self) -> Array:
+        """The weight in the adapter's dtype."""
+        return self.W
+
+    def wide_input(self) -> Array:
+        """x of the last forward pass in the adapter's dtype."""
+        if self.input is None:
+            raise _no_forward("Layer")
+        return self.input
+
     def forward(self, x: Array) -> Array:
         """The layer's output (..., n, d_out) for x (..., n, d_in); x is kept for `backward`."""
         self.input = x
@@ -88,10 +103,9 @@ class Layer:
 
     def routed_input(self) -> Array:
         """u = x B^T, (rows, r), of the last forward pass."""
-        if self.input is None:
-            raise _no_forward("Layer")
+        x = self.wide_input()
         assert self.adapter is not None
-        return _rows(self.input) @ array_namespace(self.input).matrix_transpose(self.adapter.B)
+        return _rows(x) @ array_namespace(x).matrix_transpose(self.adapter.B)
 
     def merge(self) -> core.MergeReport:
         """Put W + A R B in the weight's place, the pristine weight aside. Returns what was kept of the delta."""

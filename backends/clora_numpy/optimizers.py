@@ -88,7 +88,7 @@ def adam(
 
     ``weight_decay`` adds weight_decay * p to the gradient (L2 penalty). Source: Kingma and Ba, ICLR 2015, algorithm 1.
     """
-    return _adam(lr, betas, eps, weight_decay, decoupled=False)
+    return adam_rule(lr, betas, eps, weight_decay, decoupled=False)
 
 
 def adamw(
@@ -98,10 +98,44 @@ def adamw(
 
     Source: Loshchilov and Hutter, ICLR 2019, algorithm 2, with the decay multiplied by the learning rate as in PyTorch.
     """
-    return _adam(lr, betas, eps, weight_decay, decoupled=True)
+    return adam_rule(lr, betas, eps, weight_decay, decoupled=True)
 
 
-def _adam(lr: Schedule, betas: tuple[float, float], eps: float, weight_decay: float, *, decoupled: bool) -> Rule:
+class AdamNumbers(NamedTuple):
+    """Numbers of one step: decay rates of both means; L2 and decoupled decay; step size; the root's scale; epsilon."""
+
+    first: float
+    second: float
+    decay: float
+    shrink: float
+    rate: float
+    scale: float
+    eps: float
+
+
+def adam_arrays(
+    parameter: Array, gradient: Array, mean: Array, square: Array, numbers: AdamNumbers
+) -> tuple[Array, Array, Array]:
+    """One step as a formula over whole arrays: the new parameter, mean and square."""
+    xp = array_namespace(parameter, gradient)
+    first, second, decay, shrink, rate, scale, eps = numbers
+    gradient = gradient + decay * parameter if decay else gradient
+    mean = first * mean + (1.0 - first) * gradient
+    square = second * square + (1.0 - second) * (gradient * gradient)
+    parameter = shrink * parameter if shrink != 1.0 else parameter
+    return parameter - rate * (mean / (xp.sqrt(square) / scale + eps)), mean, square
+
+
+def adam_rule(
+    lr: Schedule,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    *,
+    decoupled: bool,
+    arrays: Callable[..., tuple[Array, Array, Array]] = adam_arrays,
+) -> Rule:
+    """The rule of `adam` and `adamw`; ``arrays`` does the arithmetic, as `adam_arrays` does."""
     first, second = betas
 
     def init(parameter: Array) -> AdamState:
@@ -109,16 +143,17 @@ def _adam(lr: Schedule, betas: tuple[float, float], eps: float, weight_decay: fl
         return AdamState(0, zero, zero)
 
     def update(parameter: Array, gradient: Array, state: AdamState) -> tuple[Array, AdamState]:
-        xp = array_namespace(parameter, gradient)
-        rate, step = _rate(lr, state.step), state.step + 1
-        if weight_decay and decoupled:
-            parameter = (1.0 - rate * weight_decay) * parameter
-        elif weight_decay:
-            gradient = gradient + weight_decay * parameter
-        mean = first * state.mean + (1.0 - first) * gradient
-        square = second * state.square + (1.0 - second) * (gradient * gradient)
-        scale = math.sqrt(1.0 - second**step)
-        parameter = parameter - (rate / (1.0 - first**step)) * (mean / (xp.sqrt(square) / scale + eps))
+        lr_now, step = _rate(lr, state.step), state.step + 1
+        numbers = AdamNumbers(
+            first,
+            second,
+            decay=0.0 if decoupled else weight_decay,
+            shrink=1.0 - lr_now * weight_decay if decoupled else 1.0,
+            rate=lr_now / (1.0 - first**step),
+            scale=math.sqrt(1.0 - second**step),
+            eps=eps,
+        )
+        parameter, mean, square = arrays(parameter, gradient, state.mean, state.square, numbers)
         return parameter, AdamState(step, mean, square)
 
     return Rule(init, update)
