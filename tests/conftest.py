@@ -66,6 +66,14 @@ def whole(session: pytest.Session) -> bool:
     return (everything or here) and not session.shouldstop and not session.shouldfail
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that need a GPU say so where there is none."""
+    gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if gpu and not kit.has_gpu():
+        for item in gpu:
+            item.add_marker(pytest.mark.skip(reason=kit.NO_GPU))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """A skip needs a reason from the list."""
     if report.skipped and isinstance(report.longrepr, tuple):
@@ -75,7 +83,10 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say loudly what is missing."""
+    """Say loudly what is missing, and what no GPU has seen."""
+    skipped = [report for report in terminalreporter.stats.get("skipped", ()) if kit.NO_GPU in str(report.longrepr)]
+    if skipped:
+        terminalreporter.line(f"{len(skipped)} tests were skipped: {kit.NO_GPU} (nox -s gpu)")
     if FOUND:
         terminalreporter.section("audit")
         for line in FOUND:

@@ -7,9 +7,9 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import TABLE, Case
 
 import clora_core as core
+from clora.testing import TABLE, Case
 
 if kit.torch is None or kit.jax is None:
     pytest.skip(kit.NO_FRAMEWORK, allow_module_level=True)

@@ -7,10 +7,10 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import Case, cases
 from hypothesis import given
 
 import clora_core as core
+from clora.testing import Case, cases
 
 
 def size_of(array: Any) -> Any:
@@ -89,7 +89,7 @@ def test_counts(name: str, case: Case) -> None:
     u = Fraction(core.bounds.unit_roundoff(case.dtype))
     low = (1 + u / (1 + u)) ** least - 1  # the relative error of rounding to nearest is at most u / (1 + u)
     high = kit.gamma(most, case.dtype) * (1 + 3 * kit.gamma(2 * most + 4, case.dtype))
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run(f"bounds.{name}", lane, *args)
         middle, width = sizes * (high + low) / 2, sizes * (high - low) / 2
         kit.bounded(ran, middle, width)
@@ -117,7 +117,7 @@ def test_unit_roundoff_and_gamma() -> None:
 def test_probabilistic_is_never_above_the_worst_case(name: str, case: Case) -> None:
     """min(4 sqrt(k), k) for k: equal below 16 roundings, smaller above."""
     args = TABLE[name][0](case)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         worst = kit.run(f"bounds.{name}", lane, *args).value
         likely = kit.run(f"bounds.{name}", lane, *args, method="probabilistic").value
         assert (likely <= worst).all()

@@ -5,11 +5,11 @@ from fractions import Fraction
 import kit
 import numpy as np
 import oracle
-from cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
 import clora_core as core
+from clora.testing import Case, cases
 
 
 def slack(adapter: core.Adapter, dtype: str) -> Fraction:
@@ -28,7 +28,7 @@ def test_error_and_optimality(case: Case, share: int) -> None:
     best = np.sqrt((np.linalg.svd(expected.astype(float), compute_uv=False)[..., rank:] ** 2).sum(axis=-1))
     space = np.linalg.qr(np.random.default_rng(case.seed).standard_normal((case.sizes.d_out, rank)))[0]
     rival = expected - oracle.mul(oracle.exact(space), space.T, expected)  # what any other column space leaves
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         ran = kit.run("compress", lane, adapter, rank)
         kit.bounded(ran, best, np.full(best.shape, room), lambda v: v.error)
         left = expected - oracle.delta(ran.value.adapter)
@@ -43,7 +43,7 @@ def test_form(case: Case) -> None:
     """Orthonormal factors, a diagonal and descending routing, nothing in R_delta; at the full rank nothing is lost."""
     adapter, r = case.adapter(), case.sizes.r
     e = kit.spectral(max(case.sizes), r, case.dtype)
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         ran = kit.run("compress", lane, adapter, r)
         A, R_old, _, B = ran.value.adapter
         kit.exact(ran, np.zeros_like(ran.value.error), lambda v: v.error)

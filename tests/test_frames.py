@@ -5,8 +5,9 @@ from fractions import Fraction
 import kit
 import numpy as np
 import oracle
-from cases import Case, cases
 from hypothesis import given
+
+from clora.testing import Case, cases
 
 
 @given(case=cases())
@@ -15,7 +16,7 @@ def test_orthonormalize(case: Case) -> None:
     d, r = case.sizes.d_out, case.sizes.r
     F = case.draw("F", *case.leads.A, d, r)
     e = core_bound(d, r, case.dtype)
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         ran = kit.run("orthonormalize", lane, F)
         Q = oracle.exact(ran.value)
         T = oracle.mul(oracle.t(Q), F)
@@ -48,7 +49,7 @@ def test_defect(case: Case) -> None:
         expected[index] = oracle.norm(gram[index])
         off = kit.gamma(d + 1, case.dtype) * oracle.norm(size[index])
         bound[index] = off + kit.gamma(r * r + 2, case.dtype) * (expected[index] + off)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         kit.bounded(kit.run("orthonormality_defect", lane, F), expected, bound)
 
 

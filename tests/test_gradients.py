@@ -7,11 +7,11 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import Case, Leads, Sizes, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
 import clora_core as core
+from clora.testing import Case, Leads, Sizes, cases
 
 NAMES = core.LinearGradients._fields
 ORDERS = (None, "rows", "left", "right", "merged")
@@ -45,7 +45,7 @@ def test_linear_vjp(case: Case, wrt: tuple[str, ...], order: str | None, stop_ol
     how = {"wrt": wrt, "stop_old": stop_old}
     adapter, args = case.adapter(), (case.x, case.W, case.adapter(), case.grad_y)
     expected = oracle.linear_gradients(case.x, case.W, adapter, case.grad_y, stop_old, case.bias.shape)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("linear_vjp", lane, *args, bias=case.bias, plan=plan or None, **how)
         compare(case, ran, expected, wrt, kit.run("bounds.linear_vjp", lane, *args, bias=case.bias, **how).value)
 
@@ -76,7 +76,7 @@ def test_without_x_or_without_W(case: Case, stop_old: bool, wrt: tuple[str, ...]
     expected = oracle.linear_gradients(case.x, None, adapter, case.grad_y, stop_old, case.bias.shape)
     expected["x"] = oracle.mul(case.grad_y, oracle.delta(adapter))
     bounds = {"wrt": wrt, "stop_old": stop_old, "bias": case.bias}
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run(
             "linear_vjp", lane, None, None, adapter, case.grad_y, wrt=wrt, stop_old=stop_old, u=u, bias=case.bias
         )
@@ -92,7 +92,7 @@ def test_delta_vjp(case: Case, stop_old: bool) -> None:
     adapter = case.adapter()
     G = case.draw("G", *case.leads.adapter, case.sizes.d_out, case.sizes.d_in)
     expected = oracle.delta_gradients(adapter, G, stop_old)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("delta_vjp", lane, adapter, G, stop_old=stop_old)
         limit = kit.run("bounds.delta_vjp", lane, adapter, G, stop_old=stop_old).value
         compare(case, ran, expected, ("A", "R_delta", "B"), limit)
@@ -130,7 +130,7 @@ def test_finite_differences_in_rationals(stop_old: bool, case: Case) -> None:
         return (g * (y + oracle.exact(here["bias"]))).sum()
 
     expected = {name: oracle.differences(lambda value, name=name: loss(name, value), arrays[name]) for name in NAMES}
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("linear_vjp", lane, x, W, adapter, case.grad_y, wrt=NAMES, stop_old=stop_old, bias=case.bias)
         compare(case, ran, expected, NAMES, None)
 

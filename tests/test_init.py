@@ -24,7 +24,7 @@ def start(lane: kit.Lane, scheme: str, shape: tuple[int, int, int], dtype: str, 
     if "W" not in how:
         value = core.init_adapter(rng, *shape, **how | {"dtype": lane.dtype(dtype)}, device=device, xp=lane.value.xp)
         kit.RAN.add(("init_adapter", lane.value.library))
-        kit._check_home("init_adapter", lane, value, [dtype], None)
+        kit.check_home("init_adapter", lane.value, value, [dtype])
         return kit.Ran("init_adapter", lane, kit.tree_map(kit.to_numpy, value))
     return kit.run("init_adapter", lane, rng, *shape, **how)
 

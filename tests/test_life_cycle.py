@@ -4,11 +4,11 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
 import clora_core as core
+from clora.testing import Case, cases
 
 
 @pytest.mark.parametrize("name", ["begin_task", "end_task"])
@@ -16,7 +16,7 @@ import clora_core as core
 def test_boundary_keeps_the_function_bit_for_bit(name: str, case: Case) -> None:
     """delta, apply and linear after the fold equal those before it, on random numbers of either dtype."""
     adapter = case.adapter()
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run(name, lane, adapter)
         folded = ran.value
         kit.exact(ran, np.zeros_like(folded.R_old), lambda value: value.R_delta)
@@ -32,7 +32,7 @@ def test_boundary_of_identity_factors(case: Case) -> None:
     """A head (no factors, a rectangular routing) folds the same way."""
     shape = case.sizes.d_out, case.sizes.d_in
     head = core.Adapter(None, case.draw("old", *shape), case.draw("new", *shape), None)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         total = kit.run("routing", lane, head)
         bound = kit.run("bounds.routing", lane, head).value
         kit.bounded(total, oracle.routing(head), bound)
@@ -49,7 +49,7 @@ def test_expansion_keeps_the_function(case: Case, k: int) -> None:
     A_new = case.draw("A_new", *case.leads.A, case.sizes.d_out, k)
     B_new = case.draw("B_new", k, case.sizes.d_in)
     r = case.sizes.r
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("expand", lane, adapter, A_new, B_new)
         new = ran.value
         kit.exact(
@@ -83,7 +83,7 @@ def test_block_routing_is_a_mixture_of_experts(case: Case, counts: list[int]) ->
     expected = np.zeros((*lead, r, r))
     for i, rows in enumerate(blocks):
         expected[..., rows, rows] = weights[..., i, None]
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("block_routing", lane, weights, sizes)
         kit.exact(ran, expected)
         adapter = core.Adapter(A, ran.value, np.zeros_like(ran.value), B)
@@ -99,5 +99,5 @@ def test_a_power_of_two_moves_freely_between_factor_and_routing(case: Case, seed
     A, R_old, R_delta, B = case.adapter()
     D = 2.0 ** np.random.default_rng(seed).integers(-3, 4, case.sizes.r).astype(case.dtype)
     moved = core.Adapter(A * D, R_old / D[:, None], R_delta / D[:, None], B)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         kit.exact(kit.run("delta", lane, moved), kit.run("delta", lane, core.Adapter(A, R_old, R_delta, B)).value)

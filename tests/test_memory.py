@@ -6,11 +6,11 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import Case, cases
 from hypothesis import given
 from hypothesis import strategies as st
 
 import clora_core as core
+from clora.testing import Case, cases
 
 SMALL = {"top": 1, "unit": 1}
 LINALG = [lane for lane in kit.Lane if lane.value.linalg and not lane.value.jit]
@@ -52,7 +52,7 @@ def test_second_moment(case: Case, weighted: bool) -> None:
     w = np.abs(case.draw("w", *case.leads.x, case.sizes.n)) * (case.seed % 4 > 0)
     weights = w.astype(case.dtype) if weighted else None
     expected = oracle.second_moment(u, weights)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("second_moment", lane, u, weights=weights)
         kit.bounded(ran, expected, kit.run("bounds.second_moment", lane, u, weights=weights).value)
         kit.exact(ran, np.swapaxes(ran.value, -1, -2))
@@ -69,7 +69,7 @@ def test_record(case: Case, head: bool) -> None:
     R = oracle.routing(adapter)
     S, P, q = (oracle.exact(m) for m in before)
     expected = [S + oracle.exact(C), P + oracle.mul(R, C), q + oracle.output_change(adapter, C, R)]
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("record", lane, before, adapter, C)
         if case.dyadic:
             kit.exact(ran, expected)
@@ -84,7 +84,7 @@ def test_empty_moments(case: Case, head: bool) -> None:
     lead = np.broadcast_shapes(*(a.shape[:-2] for a in adapter if a is not None))
     rows, columns = adapter.R_delta.shape[-2:]
     zeros = [np.zeros((*lead, columns, columns)), np.zeros((*lead, rows, columns)), np.zeros(lead)]
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("empty_moments", lane, adapter)
         kit.exact(ran, zeros)
         for since in ("task-ends", "boundary"):
@@ -111,7 +111,7 @@ def test_drift_is_the_true_change_of_outputs(case: Case, head: bool, tasks: int)
         "task-ends": sum((change_of_rows(i, R - oracle.exact(past[i][0])) for i in range(tasks)), start=0),
         "boundary": sum((change_of_rows(i, new) for i in range(tasks)), start=0),
     }
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         for since, total in truth.items():
             ran = kit.run("drift", lane, adapter, moments, since=since)
             kit.exact(ran, np.broadcast_to(oracle.exact(total), ran.value.shape))
@@ -141,7 +141,7 @@ def test_drift_and_its_gradient(since: str, case: Case, head: bool) -> None:
     small = adapter.R_delta.size <= 16
     if small:
         slope = oracle.differences(lambda R: np.sum(oracle.exact(grad) * meter(R)), adapter.R_delta)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("drift", lane, adapter, moments, since=since)
         kit.bounded(ran, value, kit.run("bounds.drift", lane, adapter, moments, since=since).value)
         if small:
@@ -174,7 +174,7 @@ def test_what_is_recorded_is_valid(case: Case, head: bool, weighted: bool) -> No
     u = case.draw("u", case.sizes.n, columns) * np.asarray(3.7, dtype=case.dtype)
     weights = np.abs(case.draw("w", case.sizes.n)) if weighted else None
     for lane in LINALG:
-        if lane not in case.lanes():
+        if lane not in kit.fit(case):
             continue
         C = kit.run("second_moment", lane, u, weights=weights).value
         U = np.linalg.svd(u.astype(np.float64))[2].T  # R D, D projecting off the inputs seen

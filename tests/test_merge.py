@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import oracle
 import pytest
-from cases import Case, Leads, Sizes, cases
 from hypothesis import given
 
 import clora_core as core
+from clora.testing import Case, Leads, Sizes, cases
 
 HALVES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 CASTING = [lane for lane in kit.Lane if lane.value.library != "strict"]
@@ -35,7 +35,7 @@ def test_weight(case: Case) -> None:
     """W + A R B in W's own dtype: equal or within bounds."""
     W, adapter = case.W, case.adapter()
     expected = oracle.exact(W) + oracle.delta(adapter)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("merge", lane, W, adapter)
         if case.dyadic:
             kit.exact(ran, expected, lambda v: v.weight)
@@ -50,7 +50,7 @@ def test_one_rounding_to_a_narrower_type(target: str, case: Case) -> None:
     W, adapter = case.W, case.adapter()
     exact = oracle.exact(W) + oracle.delta(adapter)
     expected = rounded(rounded(exact, "float32"), target)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         if lane not in CASTING and target != "float32":
             continue
         ran = kit.run("merge", lane, W, adapter, dtype=target)
@@ -66,7 +66,7 @@ def test_report(case: Case) -> None:
     """kept, error and unchanged are their definitions, for bfloat16 where the lane has it."""
     W, adapter = case.W, case.adapter()
     dW = oracle.delta(adapter)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         target = "bfloat16" if lane in CASTING else "float32"
         ran = kit.run("merge", lane, W, adapter, dtype=target)
         stored = oracle.exact(ran.value.weight) - oracle.exact(W)

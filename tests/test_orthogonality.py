@@ -7,11 +7,11 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import Case, cases
 from hypothesis import assume, event, example, given
 from hypothesis import strategies as st
 
 import clora_core as core
+from clora.testing import Case, cases
 
 SMALL = {"top": 1, "unit": 1}
 FORMS = ("routing", "output")
@@ -39,7 +39,7 @@ def test_value(form: str, case: Case) -> None:
     """||R_old^T R_delta||^2 and ||(A R_old)^T A R_delta||^2; divided by the sizes of both where asked."""
     adapter = case.adapter(**SMALL)
     penalty, size = parts(adapter, form, adapter.R_delta)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("orthogonality", lane, adapter, form=form)
         kit.bounded(ran, penalty, kit.run("bounds.orthogonality", lane, adapter, form=form).value)
         if case.dyadic:
@@ -75,7 +75,7 @@ def test_gradient(form: str, normalize: bool, case: Case) -> None:
         bound = np.full(expected.shape, scale * kit.gamma(8 + batch, case.dtype))
     else:
         expected = slope(g, 0)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         ran = kit.run("orthogonality_vjp", lane, adapter, grad, form=form, normalize=normalize)
         if normalize:
             kit.bounded(ran, expected, bound)
@@ -102,7 +102,7 @@ def test_basis_form(case: Case, energy: float) -> None:
     penalty = oracle.trace(oracle.mul(oracle.t(R), P, R))
     leak = (3 * noise / gap + 3 * e + kit.gamma(4 * r + r * r + 4, case.dtype)) * r
     grad = case.draw("grad", *np.shape(adapter.R_delta)[:-2], **SMALL)
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         ran = kit.run("orthogonality", lane, adapter, energy=energy)
         kit.bounded(ran, penalty, leak * oracle.square(R))
         ran = kit.run("orthogonality", lane, adapter, energy=energy, normalize=True)
@@ -131,7 +131,7 @@ def test_nothing_old_costs_nothing(case: Case, normalize: bool) -> None:
     """While R_old = 0 every form and its gradient are 0: the first task is free."""
     adapter = case.adapter()
     adapter = adapter._replace(R_old=np.zeros_like(adapter.R_old))
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         for form in core._orthogonality.FORMS:
             ran = kit.run("orthogonality", lane, adapter, form=form, normalize=normalize)
             kit.exact(ran, np.zeros_like(ran.value))

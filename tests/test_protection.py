@@ -8,11 +8,11 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import Case, cases
 from hypothesis import assume, event, example, given
 from hypothesis import strategies as st
 
 import clora_core as core
+from clora.testing import Case, cases
 
 
 def moment(case: Case) -> np.ndarray:
@@ -26,7 +26,7 @@ def test_basis(case: Case, energy: float) -> None:
     """U is a frame that diagonalises S, descending; the weights are the fewest leading ones that hold the energy."""
     S, r = moment(case), case.sizes.r
     e = kit.spectral(r, r, case.dtype)
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         ran = kit.run("protected_basis", lane, S, energy=energy)
         U, w = ran.value
         defect = oracle.mul(oracle.t(oracle.exact(U)), U) - oracle.exact(np.eye(r))
@@ -81,7 +81,7 @@ def test_projector_is_that_of_exact_arithmetic(case: Case, k: int) -> None:
     ordered = np.clip(values[::-1], 0, None)
     energy = (ordered[:k].sum() - ordered[k - 1] / 2) / ordered.sum() if k else 0.0
     P = vectors[:, ::-1][:, :k] @ vectors[:, ::-1][:, :k].T
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         if lane.value.jit:
             continue  # compiled anew for every energy
         ran = kit.run("protected_basis", lane, S, energy=float(energy))
@@ -96,7 +96,7 @@ def test_projection(case: Case, full: bool) -> None:
     """The formula within bounds; and projecting twice is projecting once, within the bounds and the frame's defect."""
     S, r = moment(case), case.sizes.r
     R_delta = case.draw("R_delta", *case.leads.R_delta, case.sizes.d_out, r)
-    for lane in case.lanes(linalg=True):
+    for lane in kit.fit(case, linalg=True):
         basis = kit.run("protected_basis", lane, S, energy=1.0 if full else 0.5).value
         U, w = (oracle.exact(a) for a in basis)
         P = oracle.mul(U * w[..., None, :], oracle.t(U))
@@ -119,7 +119,7 @@ def test_projecting_twice_is_projecting_once_exactly(case: Case, mask: int) -> N
     w = np.asarray([mask >> i & 1 for i in range(4)], dtype=case.dtype)
     R_delta = case.draw("R_delta", *case.leads.R_delta, case.sizes.d_out, 4)
     P = oracle.mul(oracle.exact(H * w), H.T)
-    for lane in case.lanes():
+    for lane in kit.fit(case):
         once = kit.run("project", lane, R_delta, core.Basis(H, w))
         kit.exact(once, oracle.exact(R_delta) - oracle.mul(R_delta, P))
         kit.exact(kit.run("project", lane, once.value, core.Basis(H, w)), once.value)

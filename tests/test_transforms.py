@@ -12,9 +12,9 @@ import kit
 import numpy as np
 import oracle
 import pytest
-from cases import Case, Leads, Sizes
 
 import clora_core as core
+from clora.testing import Case, Leads, Sizes
 
 if kit.torch is None or kit.jax is None:
     pytest.skip(kit.NO_FRAMEWORK, allow_module_level=True)

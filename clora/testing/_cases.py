@@ -6,9 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
-from kit import Lane
 
 import clora_core as core
+
+from ._backends import Backend
 
 
 class Sizes(NamedTuple):
@@ -41,13 +42,14 @@ class Leads(NamedTuple):
         return np.broadcast_shapes(*self[2:])
 
 
-# JAX compiles for every shape: its lanes run on these alone.
+# A compiler takes long for every shape: JAX runs on these alone.
 TABLE = (
     (Sizes(3, 4, 5, 2), Leads()),
     (Sizes(4, 3, 2, 2), Leads(x=(2,))),
     (Sizes(2, 2, 4, 1), Leads(x=(2, 1), W=(1,), A=(3,), R_old=(2, 1), R_delta=(3,), B=())),
     (Sizes(0, 3, 4, 3), Leads()),
 )
+LONG = (Sizes(4, 16, 64, 8), Sizes(16, 64, 48, 16), Sizes(3, 5, 768, 4))
 
 
 class Case(NamedTuple):
@@ -59,21 +61,19 @@ class Case(NamedTuple):
     seed: int
     dyadic: bool
     tabled: bool
+    positive: bool = False
 
-    def lanes(self, linalg: bool = False) -> list[Lane]:
-        """The lanes that can run it."""
-        return [
-            lane
-            for lane in Lane
-            if self.dtype in lane.value.dtypes
-            and (self.tabled or not lane.is_jax)
-            and (lane.value.linalg or not linalg)
-        ]
+    def fits(self, backend: Backend, *, linalg: bool = False) -> bool:
+        """Whether a backend can run it: has the dtype, the ``linalg`` extension if asked for, and takes the shape."""
+        return (
+            self.dtype in backend.dtypes and (self.tabled or not backend.few_shapes) and (backend.linalg or not linalg)
+        )
 
     def draw(self, name: str, *shape: int, top: int = 8, unit: int = 4) -> np.ndarray:
         """An array of k/unit, |k| <= top, or of normal numbers; read-only."""
         rng = np.random.default_rng([self.seed, *name.encode()])
         numbers = rng.integers(-top, top + 1, shape) / unit if self.dyadic else rng.standard_normal(shape)
+        numbers = np.abs(numbers) if self.positive else numbers
         out = np.asarray(numbers, dtype=self.dtype)
         out.setflags(write=False)
         return out
@@ -114,8 +114,35 @@ def leading(draw: Any) -> Leads:
 
 
 @st.composite
-def cases(draw: Any, *, dyadic: bool | None = None, rows: int = 0, widest: int = 5, batched: bool = True) -> Case:
-    """A case; about one in four from the table that JAX runs."""
+def cases(
+    draw: Any,
+    *,
+    dyadic: bool | None = None,
+    rows: int = 0,
+    widest: int = 5,
+    batched: bool = True,
+    long: bool = False,
+) -> Case:
+    """A case; about one in four from the table that JAX runs.
+
+    Parameters
+    ----------
+    dyadic : bool, optional
+        Numbers k/4, whose sums of products have no rounding in float32; or normal numbers; None draws which.
+    rows : int
+        The fewest rows of x.
+    widest : int
+        The largest of d_out and d_in, off the table.
+    batched : bool
+        With leading axes, now and then.
+    long : bool
+        Also inner sizes up to 768, about one in four; never dyadic.
+    """
+    kind = draw(st.booleans()) if dyadic is None else dyadic
+    dtype, seed = draw(st.sampled_from(("float32", "float64"))), draw(st.integers(0, 2**32 - 1))
+    if long and not kind and draw(st.integers(0, 2)) == 0:
+        positive = draw(st.booleans())  # nothing cancels: where errors come nearest to their bounds
+        return Case(draw(st.sampled_from(LONG)), Leads(), dtype, seed, False, True, positive)
     tabled = draw(st.integers(0, 3)) == 0
     if tabled:
         usable = [entry for entry in TABLE if entry[0].n >= rows and (batched or entry[1] == Leads())]
@@ -125,6 +152,4 @@ def cases(draw: Any, *, dyadic: bool | None = None, rows: int = 0, widest: int =
         r = draw(st.one_of(st.integers(1, min(d_out, d_in)), st.just(min(d_out, d_in))))
         sizes = Sizes(draw(st.integers(rows, 6)), d_out, d_in, r)
         leads = draw(leading()) if batched and draw(st.booleans()) else Leads()
-    kind = draw(st.booleans()) if dyadic is None else dyadic
-    dtype = draw(st.sampled_from(("float32", "float64")))
-    return Case(sizes, leads, dtype, draw(st.integers(0, 2**32 - 1)), kind, tabled)
+    return Case(sizes, leads, dtype, seed, kind, tabled)

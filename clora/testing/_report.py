@@ -1,0 +1,103 @@
+"""The ledger as text: what was compared, how near each came to its bound, and how much room a bound leaves."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+
+from ._agreement import CLASSES, Ledger
+
+PACKAGES = ("numpy", "array-api-strict", "torch", "jax", "jax-cuda12-plugin", "jax-cuda13-plugin")
+PACKAGES += ("cupy-cuda12x", "cupy-cuda13x", "hypothesis")
+
+
+def summary(ledger: Ledger) -> list[str]:
+    """A few lines for a terminal."""
+    subjects = {subject for subject, _, _ in ledger.rows}
+    count = sum(row.examples for row in ledger.rows.values())
+    worst = max((row.worst, subject, backend) for (subject, backend, _), row in ledger.rows.items())
+    lines = [
+        f"{count} comparisons of {len(subjects)} functions and verbs",
+        f"nearest to its bound: {worst[0]:.2f} of it, {worst[1]} in {worst[2]}",
+    ]
+    if ledger.skipped:
+        lines.append(f"near-ties that say nothing: {sum(ledger.skipped.values())}")
+    return lines
+
+
+def markdown(ledger: Ledger) -> str:
+    """The tables of docs/agreement.md."""
+    functions = sorted(s for s in {key[0] for key in ledger.rows} if s in _functions())
+    verbs = sorted(s for s in {key[0] for key in ledger.rows} if s not in _functions())
+    out = [_machine(), "", "## Functions of the core", ""]
+    out += _table(ledger, functions)
+    out += ["", "How many times the worst error is contained in the bound, by the longest inner size:", ""]
+    out += _tightness(ledger, functions)
+    judged = [verb for verb in verbs if not verb.startswith("life: ")]
+    out += ["", "## Verbs, each judged by itself", "", *_table(ledger, judged)]
+    out += ["", "## Verbs in whole lives, not synchronised", ""]
+    out += _table(ledger, [verb for verb in verbs if verb.startswith("life: ")])
+    out += ["", "## Near-ties", ""]
+    out += [f"- {subject}: {reason}: {count}" for (subject, reason), count in sorted(ledger.skipped.items())] or [
+        "None."
+    ]
+    return "\n".join(out) + "\n"
+
+
+def write(ledger: Ledger, path: str | os.PathLike[str]) -> None:
+    """As JSON, or as markdown: in a page that has the marks, between them; the rest of the page stays."""
+    file = Path(path)
+    if file.suffix == ".json":
+        file.write_text(json.dumps(ledger.dump(), indent=1) + "\n", encoding="utf-8")
+        return
+    begin, end = "<!-- figures -->", "<!-- end of figures -->"
+    before, after = begin + "\n", end + "\n"
+    if file.exists() and begin in (old := file.read_text(encoding="utf-8")):
+        before, after = old[: old.index(begin)] + before, end + old[old.index(end) + len(end) :]
+    file.write_text(f"{before}\n{markdown(ledger)}\n{after}", encoding="utf-8")
+
+
+def _functions() -> set[str]:
+    from ._calls import BUILDERS
+
+    return set(BUILDERS)
+
+
+def _machine() -> str:
+    versions = []
+    for package in PACKAGES:
+        try:
+            versions.append(f"{package} {importlib.metadata.version(package)}")
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return (
+        f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
+        + ", ".join(versions)
+        + "."
+    )
+
+
+def _table(ledger: Ledger, subjects: list[str]) -> list[str]:
+    columns = sorted({backend for subject, backend, _ in ledger.rows if subject in subjects})
+    out = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for subject in subjects:
+        cells = []
+        for backend in columns:
+            rows = {kind: row for (s, b, kind), row in ledger.rows.items() if (s, b) == (subject, backend)}
+            bounded = [row.worst for kind, row in rows.items() if kind != "exact"]
+            cells.append("" if not rows else "=" if not bounded else f"{max(bounded):.2g}")
+        out.append(f"| {subject} | " + " | ".join(cells) + " |")
+    return out
+
+
+def _tightness(ledger: Ledger, subjects: list[str]) -> list[str]:
+    out = ["| | " + " | ".join(CLASSES[1:]) + " |", "|---|" + "---|" * (len(CLASSES) - 1)]
+    for subject in subjects:
+        worst = ledger.worst(subject)
+        if worst:
+            cells = [f"{1 / worst[kind]:.0f}" if worst.get(kind) else "" for kind in CLASSES[1:]]
+            out.append(f"| {subject} | " + " | ".join(cells) + " |")
+    return out
