@@ -52,7 +52,7 @@ def demo(
     tasks: Annotated[int, typer.Option(min=1, help="Tasks in the stream.")] = 10,
     seed: Annotated[int, typer.Option(min=0, help="Of data split, permutations, start and batches.")] = 0,
     rank: Annotated[int, typer.Option(help="Rank r of the adapters, 1 to 256.")] = 64,
-    backend: Annotated[str, typer.Option(help="Library that trains: numpy, torch or jax.")] = "numpy",
+    backend: Annotated[str, typer.Option(help="Library that trains: numpy, cupy, torch or jax.")] = "numpy",
     method: Annotated[
         list[str] | None, typer.Option(help="Only this method; repeat for several. Default: all.")
     ] = None,
@@ -69,7 +69,7 @@ def demo(
     each), C-LoRA with projection, C-LoRA with the drift penalty. Writes a report to open in a browser. Ctrl-C keeps
     what is finished.
 
-    Exit codes: 0 done, 1 something is not installed, 2 a wrong option, 130 interrupted.
+    Exit codes: 0 done, 1 something is not installed or there is no GPU for cupy, 2 a wrong option, 130 interrupted.
     """
     missing = [package for module, package in STUDY.items() if importlib.util.find_spec(module) is None]
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -27,7 +28,9 @@ def new_result(
     *, suite: str, tasks: int, seed: int, rank: int, backend: str, command: str, backbone: Backbone
 ) -> dict[str, Any]:
     """A result with no method in it yet."""
-    packages = dict.fromkeys((*PACKAGES, backend))
+    versions = {name: metadata.version(name) for name in PACKAGES}
+    if backend not in versions:  # CuPy's wheels have other names than the module
+        versions[backend] = importlib.import_module(backend).__version__
     return {
         "schema": SCHEMA,
         "suite": suite,
@@ -35,7 +38,7 @@ def new_result(
         "seed": seed,
         "rank": rank,
         "backend": backend,
-        "versions": {"python": platform.python_version()} | {name: metadata.version(name) for name in packages},
+        "versions": {"python": platform.python_version()} | versions,
         "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
         "command": command,
         "backbone_accuracy": float(backbone.accuracy),

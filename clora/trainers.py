@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -17,7 +18,8 @@ from clora_core.errors import MissingDependencyError, OptionError, message
 from .suites import Backbone
 
 CLASSES = 10
-PACKAGES = {"numpy": ("numpy",), "torch": ("torch",), "jax": ("jax", "optax")}
+# clora_cupy itself says what it misses: the package has other names, and a device is needed, too.
+PACKAGES = {"numpy": ("numpy",), "cupy": (), "torch": ("torch",), "jax": ("jax", "optax")}
 
 
 class Trainer(Protocol):
@@ -68,7 +70,7 @@ def trainer(backend: str, method: Any, backbone: Backbone, *, rank: int, seed: i
     OptionError
         An unknown backend.
     MissingDependencyError
-        Its library is not installed.
+        Its library is not installed, or finds no device.
     """
     if backend not in PACKAGES:
         raise OptionError(
@@ -93,7 +95,7 @@ def trainer(backend: str, method: Any, backbone: Backbone, *, rank: int, seed: i
                 fix=f"python -m pip install 'clora[{backend}]'",
             )
         )
-    kinds = {"numpy": NumpyTrainer, "torch": TorchTrainer, "jax": JaxTrainer}
+    kinds = {"numpy": NumpyTrainer, "cupy": CupyTrainer, "torch": TorchTrainer, "jax": JaxTrainer}
     return kinds[backend](method, backbone, rank=rank, seed=seed)
 
 
@@ -103,38 +105,47 @@ def _start(method: Any) -> dict[str, Any]:
 
 
 class NumpyTrainer:
-    """`clora_numpy`."""
+    """`clora_numpy`, or another package of its verbs."""
 
-    def __init__(self, method: Any, backbone: Backbone, *, rank: int, seed: int) -> None:
-        self.method = method
-        self.network = clora_numpy.Network(
+    def __init__(self, method: Any, backbone: Backbone, *, rank: int, seed: int, clora: Any = clora_numpy) -> None:
+        self.method, self.clora, put = method, clora, self.put
+        self.network = clora.Network(
             {
-                "hidden-1": clora_numpy.Layer(backbone.W1, backbone.b1),
-                "relu-1": clora_numpy.Relu(),
-                "hidden-2": clora_numpy.Layer(backbone.W2, backbone.b2),
-                "relu-2": clora_numpy.Relu(),
-                "head": clora_numpy.Head(np.zeros((CLASSES, backbone.W2.shape[0]), backbone.W2.dtype)),
+                "hidden-1": clora.Layer(put(backbone.W1), put(backbone.b1)),
+                "relu-1": clora.Relu(),
+                "hidden-2": clora.Layer(put(backbone.W2), put(backbone.b2)),
+                "relu-2": clora.Relu(),
+                "head": clora.Head(put(np.zeros((CLASSES, backbone.W2.shape[0]), backbone.W2.dtype))),
             }
         )
         rng = np.random.default_rng([seed, 2])
-        self.adapter = clora_numpy.attach(self.network, rank=rank, rng=rng, **_start(method))
+        self.adapter = clora.attach(self.network, rank=rank, rng=rng, **_start(method))
         self.task, self.state_bytes, self.drift = self.adapter.task, self.adapter.state_bytes, self.adapter.drift
         self.optimizer: Any = None
 
+    def put(self, array: np.ndarray) -> Any:
+        """An array of the library."""
+        return array
+
+    def get(self, array: Any) -> np.ndarray:
+        """And back."""
+        return array
+
     def begin(self, steps: int) -> None:
         """See `Trainer`."""
-        method = self.method
+        method, clora = self.method, self.clora
         if self.optimizer is None:
-            lr = clora_numpy.cosine(method.lr, steps)
-            rule = clora_numpy.adam(lr) if method.optimizer == "adam" else clora_numpy.sgd(lr, momentum=0.9)
-            self.optimizer = clora_numpy.Optimizer(self.adapter, rule)
+            lr = clora.cosine(method.lr, steps)
+            rule = clora.adam(lr) if method.optimizer == "adam" else clora.sgd(lr, momentum=0.9)
+            self.optimizer = clora.Optimizer(self.adapter, rule)
             if method.energy is not None:
                 self.adapter.protect(self.optimizer, energy=method.energy, head_energy=method.head_energy)
         self.optimizer.state = {}
 
     def step(self, x: np.ndarray, y: np.ndarray) -> None:
         """See `Trainer`."""
-        _, grad = clora_numpy.cross_entropy(self.network.forward(x), y, smoothing=self.method.smoothing)
+        logits = self.network.forward(self.put(x))
+        _, grad = self.clora.cross_entropy(logits, self.put(y), smoothing=self.method.smoothing)
         self.network.backward(grad)
         if self.method.penalty is not None:
             self.adapter.penalty(self.method.weight, kind=self.method.penalty, head_weight=self.method.head_weight)
@@ -142,11 +153,11 @@ class NumpyTrainer:
 
     def observe(self, x: np.ndarray) -> None:
         """See `Trainer`."""
-        self.adapter.observe([x])
+        self.adapter.observe([self.put(x)])
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         """See `Trainer`."""
-        return self.network.forward(x)
+        return self.get(self.network.forward(self.put(x)))
 
     def parameters(self) -> int:
         """See `Trainer`."""
@@ -155,7 +166,25 @@ class NumpyTrainer:
     def routings(self) -> dict[str, np.ndarray]:
         """See `Trainer`."""
         layers = self.adapter.layers.items()
-        return {name: core.routing(layer.adapter) for name, layer in layers if layer.adapter.A is not None}
+        return {name: self.get(core.routing(layer.adapter)) for name, layer in layers if layer.adapter.A is not None}
+
+
+class CupyTrainer(NumpyTrainer):
+    """`clora_cupy`, on the current device."""
+
+    def __init__(self, method: Any, backbone: Backbone, *, rank: int, seed: int) -> None:
+        import clora_cupy  # before CuPy itself: it says what is missing
+
+        self.cupy: Any = importlib.import_module("cupy")
+        super().__init__(method, backbone, rank=rank, seed=seed, clora=clora_cupy)
+
+    def put(self, array: np.ndarray) -> Any:
+        """To the current device."""
+        return self.cupy.asarray(array)
+
+    def get(self, array: Any) -> np.ndarray:
+        """To the host."""
+        return array.get()
 
 
 class TorchTrainer:

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 
+import cupy_double
 import kit
 import numpy as np
 import pytest
@@ -80,6 +81,7 @@ def test_the_four_methods_side_by_side(demo):
 
 
 OTHERS = [
+    "cupy",  # its stand-in; tests/test_cupy_gpu.py has the real one
     pytest.param("torch", marks=pytest.mark.skipif(kit.torch is None, reason=kit.NO_TORCH)),
     pytest.param("jax", marks=pytest.mark.skipif(kit.jax is None, reason=kit.NO_JAX)),
 ]
@@ -89,7 +91,8 @@ OTHERS = [
 @pytest.mark.parametrize("name", methods.METHODS)
 def test_others_start_from_the_same_arrays_and_take_the_same_steps(name, other, cache):
     """Bit for bit the same start; after steps of SGD in float64, the routings agree to rounding."""
-    with kit.jax.enable_x64(True) if other == "jax" else contextlib.nullcontext():
+    scopes = {"jax": lambda: kit.jax.enable_x64(True), "cupy": cupy_double.installed}
+    with scopes.get(other, contextlib.nullcontext)():
         _same_steps(name, other, cache)
 
 
@@ -127,7 +130,8 @@ def test_the_demo_on_others(demo, other):
     results = {}
     for backend in ("numpy", other):
         arguments = ("--quick", "--tasks", "2", "--rank", "8", "--method", "c-lora", "--method", "c-lora-projected")
-        assert demo(*arguments, "--backend", backend).exit_code == 0
+        with cupy_double.installed() if backend == "cupy" else contextlib.nullcontext():
+            assert demo(*arguments, "--backend", backend).exit_code == 0
         results[backend] = json.loads((demo.out / "result.json").read_text())
     assert results[other]["backend"] == other
     assert other in results[other]["versions"]
@@ -238,6 +242,18 @@ def test_a_folder_that_cannot_be_written_to_is_told(demo):
     assert done.exit_code == 1
     assert "cannot write" in done.output
     assert demo.out.read_text() == "a file where the folder should be"
+
+
+def test_the_demo_without_a_gpu_says_so(demo, monkeypatch):
+    for name in [name for name in sys.modules if name.split(".")[0] in ("cupy", "clora_cupy")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cupy", None)  # which makes its import fail, installed or not
+    done = demo("--backend", "cupy", "--quick")
+    assert done.exit_code == 1
+    assert not demo.out.exists()
+    for part in ("clora_cupy: CuPy is not installed. Got ", "clora[cupy12]", "clora[cupy13]", "import clora_numpy"):
+        assert part in done.output
+    assert "Traceback" not in done.output
 
 
 # --- suites ----------------------------------------------------------------------------------------------------

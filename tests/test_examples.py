@@ -1,9 +1,11 @@
 """Every Python block of the README and of the documentation runs, top to bottom, one page after another."""
 
+import contextlib
 import importlib.util
 import re
 from pathlib import Path
 
+import cupy_double
 import kit
 import pytest
 
@@ -27,6 +29,7 @@ def test_the_blocks_of_a_page_run(page, tmp_path, monkeypatch, capsys):
         pytest.skip(kit.NO_PEERS)
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     names: dict[str, object] = {"__name__": page.stem}
-    for number, block in enumerate(blocks, 1):
-        exec(compile(block, f"{page.name}, block {number}", "exec"), names)  # blocks of a page share their names
+    with cupy_double.installed() if "import cupy\n" in text else contextlib.nullcontext():
+        for number, block in enumerate(blocks, 1):
+            exec(compile(block, f"{page.name}, block {number}", "exec"), names)  # blocks of a page share their names
     assert "Traceback" not in capsys.readouterr().err
