@@ -110,3 +110,13 @@ def bench(session: nox.Session) -> None:
     session.run("python", "benchmarks/store.py", *how)
     session.run("python", "benchmarks/torch_lora.py", *how)
     session.run("python", "benchmarks/jax_lora.py", *how)
+
+
+@nox.session(venv_backend="none")
+def gpu(session: nox.Session) -> None:
+    """Tests, agreement and benchmarks on a CUDA device, written to docs/gpu.md. Arguments go to benchmarks/gpu.py.
+
+    In the environment that ``python`` is of, not in one of nox's own: CuPy, PyTorch and JAX with CUDA are large, and
+    the driver decides which builds fit, so what is installed for it is what must be tested.
+    """
+    session.run("python", "benchmarks/gpu.py", *session.posargs)
