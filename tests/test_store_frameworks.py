@@ -363,6 +363,27 @@ def test_restoring_other_ranks_after_a_load_breaks_nothing(tmp_path, factors):
     assert store.load(tmp_path).tasks == ("a", "b", "c")
 
 
+@pytest.mark.parametrize("kind", ["numpy", "torch"])
+def test_spare_directions_beyond_those_of_any_snapshot_are_kept(tmp_path, kind):
+    """Grown twice, gone back to the first task, saved: the direction that no task has used yet is there."""
+    model, adapter = fresh(kind, factors="every-task", max_rank=5)
+    steps = numpy_steps if kind == "numpy" else torch_steps
+    for task in range(2):
+        with adapter.task(f"task-{task}"):
+            steps(model, adapter, task, observe=False, protect=False)
+        adapter.expand(1, seed=0)
+    adapter.restore("task-0")
+    adapter.save(tmp_path / "folder")
+    want = store.load(tmp_path / "folder")
+    for other in ("numpy", "torch"):
+        loaded = fresh(other, tmp_path / "folder")[1]
+        state = (numpy_folders if other == "numpy" else torch_store).to_state(loaded)
+        for name, layer in want.layers.items():
+            if layer.spare is not None:
+                assert layer.spare[1].shape[0] == 2
+                assert np.array_equal(state.layers[name].spare[1], layer.spare[1])
+
+
 def test_a_model_that_changes_its_dtype_is_saved(tmp_path):
     model, adapter = fresh("torch")
     with adapter.task("a"):

@@ -243,7 +243,7 @@ def _spares(state: store.State) -> dict[str, tuple[Any, Any] | None]:
     if state.factors != "every-task":
         return out
     ranks = {name: layer.adapter.R_old.shape[0] for name, layer in state.layers.items()}
-    most = dict(ranks)
+    most = {name: layer.factors()[1].shape[0] for name, layer in state.layers.items() if layer.kind != "head"}
     for snapshots in state.snapshots.values():
         for name, (R, A, B) in snapshots.items():
             if A is not None and B is not None and R.shape[0] > most[name]:
