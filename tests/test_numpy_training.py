@@ -516,6 +516,52 @@ def test_directions_drawn_later_are_unknown_to_earlier_tasks():
     assert np.isfinite(adapter.network.forward(data(0)[0])).all()
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("rule", [clora.adam(1e-2), clora.sgd(1e-2, momentum=0.9)])
+def test_optimizers_start_afresh_at_another_rank(rank, rule):
+    """What they held of the old shape would be added to the new one, or broadcast over it."""
+    adapter = make("every-task", rank=rank)
+    optimizer = clora.Optimizer(adapter, rule)
+    live(adapter, optimizer, tasks=1)
+    for grown in (True, False):
+        adapter.expand(1, seed=0) if grown else adapter.restore("t0")
+        assert not any(key.startswith(("one.", "two.")) for key in optimizer.state)
+        live_on(adapter, optimizer, 1 + grown)
+        shapes = {field: getattr(adapter.layers["one"].adapter, field).shape for field in ("A", "B")}
+        for field, shape in shapes.items():
+            state = optimizer.state[f"one.{field}"]
+            assert (state.mean if hasattr(state, "mean") else state.buffer).shape == shape
+
+
+def test_inputs_that_are_not_finite_are_not_recorded():
+    adapter = make()
+    adapter.begin_task("t0")
+    x, _ = data(0)
+    x[3, 2] = np.nan
+    with pytest.raises(InvalidValueError, match="observe: the inputs of layer 'one'"):
+        adapter.observe([x])
+    adapter.end_task()
+    assert adapter._unobserved == ["t0"]
+
+
+def test_a_folder_loads_where_there_is_no_float64(tmp_path):
+    adapter = make()
+    live(adapter, clora.Optimizer(adapter, clora.sgd(1e-2)), tasks=1)
+    adapter.save(tmp_path / "folder")
+    place = strict.Device("no_float64")
+    there = lambda array: strict.asarray(np.array(array), device=place)  # noqa: E731
+    modules = {
+        name: clora.Layer(there(m.W), there(m.bias)) if isinstance(m, clora.Layer) else clora.Relu()
+        for name, m in adapter.network.modules.items()
+        if name != "head"
+    }
+    start = adapter.layers["head"]._start
+    modules["head"] = clora.Head(there(start[:, :-1]), there(start[:, -1]))
+    loaded = clora.load(modules, tmp_path / "folder")
+    assert loaded.moments("one").S.dtype == strict.float32
+    assert np.isfinite(loaded.drift()["one"])
+
+
 def test_growth_out_of_order_is_told_and_changes_nothing():
     adapter = make(rank=3)
     before = [layer.adapter for layer in adapter.layers.values()]

@@ -253,7 +253,7 @@ class ContinualAdapter:
         kept: list[Array] = []
         for name, layer in self.layers.items():
             A, R_old, _, B = layer.adapter
-            kept += [array for array in (A, R_old, B) if array is not None]
+            kept += [array for array in (A, R_old, B, *self._spare.get(name, ())) if array is not None]
             kept += list(self._moments[name]) if self.factors != "every-task" else []
         return sum(_bytes(array) for array in kept)
 
@@ -362,7 +362,19 @@ class ContinualAdapter:
             raise _state(
                 "observe", "there was no data to observe", "pass the task's inputs (a generator runs only once)"
             )
-        self._observed = {name: C / rows for name, C in sums.items()}
+        observed = {name: C / rows for name, C in sums.items()}
+        for name in _false({name: _finite(C) for name, C in observed.items()}):
+            raise InvalidValueError(
+                message(
+                    "clora_numpy.observe",
+                    f"the inputs of layer {name!r} are not finite",
+                    got="NaN or infinity",
+                    needed="finite numbers",
+                    cause="a diverged model, or data with NaN",
+                    fix="check the data and the learning rate; nothing was recorded",
+                )
+            )
+        self._observed = observed
 
     # --- memory ------------------------------------------------------------------------------------------------
 
@@ -560,6 +572,7 @@ class ContinualAdapter:
                 self._spare.pop(n, None)
                 if r < A.shape[-1]:
                     self._spare[n] = A[:, r:], B[r:, :]
+                growth.forget(self, n)
             layer.adapter = before
 
     @contextmanager

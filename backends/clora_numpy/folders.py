@@ -215,7 +215,7 @@ class _Border:
 
     def _to(self, array: Array, dtype: Any) -> Array:
         standard = array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)  # halves: exactly
-        if dtype != self.widest:
+        if dtype != self.xp.float64:  # the widest of its device, perhaps
             standard = standard.astype(np.float32)
         return self.xp.astype(self.xp.asarray(np.array(standard), device=self.device), dtype)
 

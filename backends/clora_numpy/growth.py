@@ -68,6 +68,7 @@ def expand(adapter: ContinualAdapter, by: int, seed: int | np.random.Generator |
                 adapter._blind.append(name)
         A, B = adapter._spare.pop(name)
         layer.adapter = core.expand(adapter.layers[name].adapter, A[:, :by], B[:by, :])
+        forget(adapter, name)
         if by < A.shape[1]:
             adapter._spare[name] = A[:, by:], B[by:, :]
 
@@ -97,6 +98,13 @@ def add_spare(adapter: ContinualAdapter, name: str, A: Array, B: Array) -> None:
     adapter._spare[name] = A, B
     S, P, q = adapter._moments[name]
     adapter._moments[name] = core.Moments(_wider(S, count), _wider(P, count), q)
+
+
+def forget(adapter: ContinualAdapter, name: str) -> None:
+    """Drop what optimizers hold of a layer's parameters: it is of another rank."""
+    for optimizer in adapter._optimizers:
+        for field in ("A", "R_delta", "B"):
+            optimizer.state.pop(f"{name}.{field}", None)
 
 
 def _wider(M: Array, by: int) -> Array:
