@@ -63,9 +63,20 @@ def audit(session: nox.Session) -> None:
 
 @nox.session
 def mutations(session: nox.Session) -> None:
-    """Break the core line by line; every break must die by a failed assertion."""
-    session.install(*PINS, "-e", ".", *TESTS)
-    session.run("python", "tests/mutations.py", *session.posargs, env={"CLORA_LANES": "numpy", **ONE_THREAD})
+    """Break the core line by line, or ``-- frameworks``; every break must die by a failed assertion."""
+    libraries = [*LIBRARIES["torch"], *LIBRARIES["jax"]] if "frameworks" in session.posargs else []
+    session.install(*PINS, "-e", ".", *TESTS, *libraries)
+    lanes = "all" if libraries else "numpy"
+    session.run("python", "tests/mutations.py", *session.posargs, env={"CLORA_LANES": lanes, **ONE_THREAD})
+
+
+@nox.session
+def agreement(session: nox.Session) -> None:
+    """Every function and verb in all libraries. ``-- --clora-report docs/agreement.md`` publishes how near they are."""
+    session.install(*PINS, "-e", ".", *TESTS, *LIBRARIES["torch"], *LIBRARIES["jax"])
+    session.run(
+        "pytest", "-n", "2", "tests/test_agreement.py", *session.posargs, env={"CLORA_LANES": "all", **ONE_THREAD}
+    )
 
 
 @nox.session
@@ -79,14 +90,14 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def types(session: nox.Session) -> None:
     """Static types of the packages."""
-    session.install(*PINS, "-e", ".[study]", *LIBRARIES["torch"], *LIBRARIES["jax"], "pyright", "nox")
+    session.install(*PINS, "-e", ".[study,testing]", *LIBRARIES["torch"], *LIBRARIES["jax"], "pyright", "nox")
     session.run("pyright")
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
     """The documentation, warnings being errors."""
-    session.install(*PINS, "-e", ".[docs,cli]", *LIBRARIES["torch"], *LIBRARIES["jax"])
+    session.install(*PINS, "-e", ".[docs,cli,testing]", *LIBRARIES["torch"], *LIBRARIES["jax"])
     session.run("python", "-m", "sphinx", "-W", "--keep-going", "-b", "html", "docs", "docs/_build/html")
 
 

@@ -18,6 +18,18 @@ def pytest_addoption(parser: Any) -> None:
     )
 
 
+def pytest_configure(config: Any) -> None:
+    """Refuse a report that could not be written, before anything runs."""
+    path = config.getoption("clora_report", None)
+    if path is not None:
+        import pytest
+
+        from clora.testing import _report as report
+
+        if fault := report.fault(path):
+            raise pytest.UsageError(f"--clora-report: {fault}")
+
+
 def pytest_sessionfinish(session: Any) -> None:
     """A worker of pytest-xdist hands over its ledger; the session that has it all writes the report."""
     kit = sys.modules.get("clora.testing._agreement")

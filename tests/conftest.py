@@ -23,6 +23,11 @@ hypothesis.settings.register_profile("ci", max_examples=40, derandomize=True, da
 hypothesis.settings.register_profile(
     "quick", max_examples=8, derandomize=True, report_multiple_bugs=False, database=None, **QUIET
 )
+# As many as ci, and no search for the smallest example: tests/mutations.py wants to know that one fails.
+UNSHRUNK = [phase for phase in hypothesis.Phase if phase not in (hypothesis.Phase.shrink, hypothesis.Phase.explain)]
+hypothesis.settings.register_profile(
+    "unshrunk", max_examples=40, derandomize=True, database=None, phases=UNSHRUNK, **QUIET
+)
 hypothesis.settings.register_profile("thorough", max_examples=10_000, **QUIET)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 

@@ -1,9 +1,10 @@
-"""Break the core on purpose, one line at a time, and see that the tests notice: ``python tests/mutations.py``.
+"""Break the code on purpose, one line at a time, and see that the tests notice: ``python tests/mutations.py [WHAT]``.
 
-For each mutant the package is copied to a temporary folder and one line of the copy is changed (the working tree is
-never touched). It counts as caught only if the copy still imports, if an output on recorded inputs differs from the
-original's, and if a test dies by a failed assertion, not by an error. Prints a table; exits with 1 if one survives.
-To add a mutant, add a row to MUTANTS: the file, the line's text before and after, the tests that should notice.
+WHAT is "core" (the default; against exact arithmetic) or "frameworks" (against each other, by the agreement suite; some
+ten minutes). For each mutant the packages are copied to a temporary folder and one line of the copy is changed (the
+working tree is never touched). It counts as caught only if the copy still runs, if an output on recorded inputs differs
+from the original's, and if a test dies by a failed assertion, not by an error. Prints a table; exits with 1 if one
+survives. To add a mutant, add a row: the file, the line's text before and after, the tests that should notice.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ class Mutant(NamedTuple):
     before: str
     after: str
     tests: str
+
+    @property
+    def path(self) -> str:
+        """Of the file, below the root; a bare name is a file of the core."""
+        return self.file if "/" in self.file else f"clora_core/{self.file}.py"
 
 
 MUTANTS = (
@@ -131,6 +137,104 @@ MUTANTS = (
     ),
 )
 
+LIVES, VERBS = "test_agreement.py -x -k whole_lives", "test_agreement.py -x -k random_verbs"
+NUMPY, TORCH, JAX = "backends/clora_numpy/", "backends/clora_torch/", "backends/clora_jax/"
+FRAMEWORKS = (
+    Mutant("numpy: stop-gradient wrong", NUMPY + "layers.py", "stop_old=self.stop_old)", "stop_old=False)", LIVES),
+    Mutant(
+        "numpy: sign of the head's gradient",
+        NUMPY + "layers.py",
+        "xp.matrix_transpose(_rows(grad_y)) @ rows)",
+        "-xp.matrix_transpose(_rows(grad_y)) @ rows)",
+        LIVES,
+    ),
+    Mutant(
+        "numpy: weight of the penalty lost",
+        NUMPY + "continual.py",
+        'layer.add_gradient("R_delta", scale * gradient)',
+        'layer.add_gradient("R_delta", gradient)',
+        LIVES,
+    ),
+    Mutant(
+        "numpy: moment not accumulated",
+        NUMPY + "continual.py",
+        "core.record(self._moments[name], _wide",
+        "core.record(core.empty_moments(_wide(self._whole(name))), _wide",
+        LIVES,
+    ),
+    Mutant(
+        "numpy: the complement is projected",
+        NUMPY + "continual.py",
+        "new[name] = core.project(new[name], self._bases[n])",
+        "new[name] = new[name] - core.project(new[name], self._bases[n])",
+        LIVES,
+    ),
+    Mutant(
+        "numpy: the last spare direction first",
+        NUMPY + "growth.py",
+        "A[:, :by], B[:by, :])",
+        "A[:, -by:], B[-by:, :])",
+        LIVES,
+    ),
+    Mutant("torch: transpose lost", TORCH + "_function.py", "else (u @ R.T, A)", "else (u @ R, A)", LIVES),
+    Mutant(
+        "torch: stop-gradient wrong",
+        TORCH + "_function.py",
+        "stop_old=ctx.stop_old, plan",
+        "stop_old=False, plan",
+        LIVES,
+    ),
+    Mutant("torch: the input's gradient without W", TORCH + "_function.py", "out.x.addmm_(g, W) if", "out.x if", LIVES),
+    Mutant("torch: projection not written", TORCH + "_protect.py", "value.copy_(new)", "value.copy_(value)", LIVES),
+    Mutant("torch: sum for mean", TORCH + "_observe.py", "C = total / count", "C = total + 0 * count", LIVES),
+    Mutant(
+        "torch: moment not accumulated",
+        TORCH + "_part.py",
+        "core.Moments(self.S, self.P, self.q), wide",
+        "core.Moments(0 * self.S, self.P, self.q), wide",
+        LIVES,
+    ),
+    Mutant("torch: rows in another order", TORCH + "_adapter.py", "stack[index.to", "stack[index.flip(0).to", VERBS),
+    Mutant("jax: stop-gradient wrong", JAX + "_function.py", "R_delta if how.stop_old else R\n", "R\n", LIVES),
+    Mutant("jax: transpose", JAX + "_function.py", "(((0,), (1,)), ((), ()))", "(((1,), (1,)), ((), ()))", LIVES),
+    Mutant(
+        "jax: P not accumulated",
+        JAX + "_tasks.py",
+        "core.record(layer.moments, whole",
+        "core.record(layer.moments._replace(P=0 * layer.moments.P), whole",
+        LIVES,
+    ),
+    Mutant("jax: projected update's sign", JAX + "_protect.py", "R_delta=new - value", "R_delta=value - new", LIVES),
+    Mutant(
+        "jax: loaded moments lose their dtype",
+        JAX + "_store.py",
+        "(put(a, alike, wide) for a",
+        "(put(a, alike) for a",
+        LIVES,
+    ),
+    Mutant(
+        "jax: sum for mean",
+        JAX + "_observe.py",
+        "C / count[..., None, None] for",
+        "C + 0 * count[..., None, None] for",
+        LIVES,
+    ),
+    Mutant(
+        "jax: penalty of the last layer alone",
+        JAX + "_tasks.py",
+        "else total + scale * value.sum()",
+        "else scale * value.sum()",
+        LIVES,
+    ),
+    Mutant(
+        "jax: rows in another order",
+        JAX + "_history.py",
+        "jnp.stack(table)[index]",
+        "jnp.stack(table)[index[::-1]]",
+        VERBS,
+    ),
+)
+
 PROBE = """
 import clora_core as core, numpy as np
 rng = np.random.default_rng(0)
@@ -150,46 +254,86 @@ print([core.protected_basis(np.diag([4.0, 3.0, 2.0]), energy=e).weights for e in
 """
 
 
-def python(folder: str, *args: str) -> subprocess.CompletedProcess[str]:
+PROBE_FRAMEWORKS = """
+import warnings
+warnings.simplefilter("ignore")
+import numpy as np
+from clora import testing
+np.set_printoptions(precision=17, threshold=10**6)
+for widths, rank, spare, rows, factors, energy, weight in (
+    ((5, 6, 4, 3), 2, 1, 4, "first-task", 0.5, 0.125),
+    ((4, 4, 4, 2), 1, 2, 6, "never", None, 0.125),
+    ((5, 6, 4, 3), 2, 1, 4, "every-task", None, None),
+):
+    life = testing.Life(1, "float32", widths, rank, spare, factors, energy, weight, rows=rows)
+    for driver in testing.drivers("numpy", "torch", "jax"):
+        with driver.scope():
+            driver.load(life.base(), life.start(), lr=life.lr, energy=life.energy)
+            x, target = life.data(0, 0)
+            for task in range(2):
+                driver.begin_task(f"t{task}")
+                for step in range(3):
+                    driver.step(*life.data(task, step), life.weight)
+                if factors != "every-task":
+                    driver.observe([x, x[:2]])
+                driver.end_task()
+            driver.expand(1, 0)
+            print(driver.forward(x), driver.merged(x), dict(driver.state().arrays()))
+            if hasattr(driver, "rows") and factors != "every-task":
+                print(driver.rows(x[:2], ["t0", "t1"]))
+"""
+
+
+def python(folder: str, *args: str, profile: str = "quick") -> subprocess.CompletedProcess[str]:
     """A fresh interpreter that finds the copy first."""
-    env = os.environ | {"PYTHONPATH": folder, "HYPOTHESIS_PROFILE": "quick", "COLUMNS": "400"}
+    path = os.pathsep.join([folder, str(Path(folder) / "backends")])
+    env = os.environ | {"PYTHONPATH": path, "HYPOTHESIS_PROFILE": profile, "COLUMNS": "400", "JAX_PLATFORMS": "cpu"}
     env |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, *args], cwd=folder, env=env, capture_output=True, text=True, check=False)
 
 
-def judge(mutant: Mutant, original: str) -> tuple[bool, str]:
+def judge(mutant: Mutant, probe: str, original: str, profile: str) -> tuple[bool, str]:
     """Whether it was caught, and by what."""
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "clora_core"
-        shutil.copytree(ROOT / "clora_core", copy, ignore=shutil.ignore_patterns("__pycache__"))
-        file = copy / f"{mutant.file}.py"
+        for package in ("clora_core", "clora_store", "clora", "backends"):
+            shutil.copytree(ROOT / package, Path(folder) / package, ignore=shutil.ignore_patterns("__pycache__"))
+        file = Path(folder) / mutant.path
         text = file.read_text()
         if text.count(mutant.before) < 1:
             return False, "the line to change is gone: update the table"
         file.write_text(text.replace(mutant.before, mutant.after, 1))
-        probe = python(folder, "-c", PROBE)
-        if probe.returncode:
-            return False, "does not run: " + probe.stderr.strip().splitlines()[-1]
-        if probe.stdout == original:
+        probed = python(folder, "-c", probe)
+        if probed.returncode:
+            return False, "does not run: " + probed.stderr.strip().splitlines()[-1]
+        if probed.stdout == original:
             return False, "changes no output"
         path, *rest = mutant.tests.split()
         args = [str(ROOT / "tests" / path), *rest, "-q", "-p", "no:cacheprovider", f"--rootdir={ROOT}"]
-        done = python(folder, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *args)
+        done = python(folder, "-m", "pytest", "-c", str(ROOT / "pyproject.toml"), *args, profile=profile)
         failed = re.findall(r"^FAILED (?:.*::)(\S+) - (?:AssertionError|assert )", done.stdout, flags=re.MULTILINE)
         return bool(failed), failed[0] if failed else f"no assertion failed (pytest says {done.returncode})"
 
 
 def main() -> int:
-    """All mutants, one line each."""
-    original = python(str(ROOT), "-c", PROBE).stdout
+    """All mutants of a table, one line each."""
+    what = sys.argv[1] if len(sys.argv) > 1 else "core"
+    tables = {"core": (MUTANTS, PROBE, "quick"), "frameworks": (FRAMEWORKS, PROBE_FRAMEWORKS, "unshrunk")}
+    if what not in tables:
+        print(f"{what!r} is no table; one of {', '.join(tables)}")
+        return 2
+    mutants, probe, profile = tables[what]
+    first = python(str(ROOT), "-c", probe)
+    if first.returncode:
+        print(first.stderr)
+        return 2
     survivors = 0
-    for mutant in MUTANTS:
+    for mutant in mutants:
         start = time.perf_counter()
-        caught, by = judge(mutant, original)
+        caught, by = judge(mutant, probe, first.stdout, profile)
         survivors += not caught
         verdict = "caught" if caught else "SURVIVED"
         print(f"{mutant.what:44} {verdict:9} {by:60} {time.perf_counter() - start:5.1f} s", flush=True)
-    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} caught")
+    print(f"{len(mutants) - survivors} of {len(mutants)} caught")
     return int(survivors > 0)
 
 

@@ -4,11 +4,13 @@ One NumPy master goes to every backend inside one example. `nox -s agreement -- 
 publishes how near each came to its bound.
 """
 
+import ast
 import importlib
 import inspect
 import sys
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -28,6 +30,16 @@ FLEET = testing.drivers(*LIBRARIES)
 LOOSEST = {"to 8": 200, "to 64": 200, "above": 250}  # how many times the worst error a bound may be
 
 
+def test_whole_lives() -> None:
+    """Begin, five steps, observe, end, expand, merge, save, load elsewhere, restore, without synchronising."""
+    testing.check_lives(FLEET, examples=20)
+
+
+def test_random_verbs() -> None:
+    """Verbs in any order, each judged by itself."""
+    testing.check_verbs(FLEET)
+
+
 @pytest.mark.parametrize("name", sorted(BUILDERS))
 def test_function(name: str) -> None:
     """Every backend gives what NumPy gives, within a bound that is no looser than it must be."""
@@ -42,18 +54,10 @@ def test_every_function_of_the_core_has_a_call() -> None:
     assert set(BUILDERS) | {"capabilities"} == set(core.capabilities())
 
 
-def test_whole_lives() -> None:
-    """Begin, five steps, observe, end, expand, merge, save, load elsewhere, restore, without synchronising."""
-    testing.check_lives(FLEET, examples=20)
-
-
-def test_random_verbs() -> None:
-    """Verbs in any order, each judged by itself."""
-    testing.check_verbs(FLEET)
-
-
 # --- every public name -----------------------------------------------------------------------------------------
 
+# clora_jax.nnx, clora_jax.equinox and clora_torch.huggingface are layers over these verbs for one library each:
+# tests/test_jax_frameworks.py, tests/test_torch_trainer.py. `clora` is commands: tests/test_commands.py.
 PACKAGES = ("clora_core", "clora_store", "clora_numpy", "clora_torch", "clora_jax")
 # What lives and functions do not reach, and why.
 ELSEWHERE = {
@@ -139,6 +143,8 @@ def test_every_public_name_takes_part() -> None:
         verbs.end_task()
         verbs.rows(["task-0", "task-0"])
         verbs.export_peft()
+        verbs.drift()
+        verbs.restore("task-0")
         verbs.close()
     finally:
         sys.setprofile(None)
@@ -153,3 +159,11 @@ def test_every_public_name_takes_part() -> None:
     assert not missing, f"neither compared here nor listed with a reason: {missing}"
     present = {name.partition(".")[0] for name, _ in public()}
     assert not {name for name in needless if name.partition(".")[0] in present}, f"reasons without need: {needless}"
+
+
+def test_clora_cupy_has_the_names_of_clora_numpy() -> None:
+    """Where a GPU is, the same lives run through it; what it has of its own is tested by tests/test_cupy_*.py."""
+    source = Path(__file__).parent.parent / "backends" / "clora_cupy" / "__init__.py"
+    assigned = next(node for node in ast.parse(source.read_text()).body if isinstance(node, ast.Assign))
+    names = set(ast.literal_eval(assigned.value))
+    assert names - {"share", "stage"} == set(importlib.import_module("clora_numpy").__all__)

@@ -27,7 +27,9 @@ from ._backends import Backend, backends, run
 from ._calls import Call, NearTie, make_call
 from ._cases import Case, Leads, Sizes, cases, leading
 from ._drivers import ArrayDriver, Base, Driver, JaxDriver, TorchDriver, drivers
-from ._lives import Fleet, Life, attach, live, lives, machine
+from ._fleet import Fleet
+from ._life import Life, lives
+from ._lives import attach, live, machine
 from ._suite import FunctionSuite, LifeSuite, check_function, check_lives, check_verbs
 
 __all__ = [

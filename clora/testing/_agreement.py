@@ -10,7 +10,7 @@ import numpy as np
 import clora_core as core
 
 from ._backends import Backend, leaves, run
-from ._calls import BUILDERS, NearTie, make_call
+from ._calls import NearTie, make_call
 from ._cases import Case
 
 CLASSES = ("exact", "to 8", "to 64", "above")  # by the longest size; the bound above 64 is the probabilistic one
@@ -123,27 +123,30 @@ def compare(
     kind = "exact" if allowed is None else CLASSES[1 + (size > 8) + (size > 64)]
     results, wanted = leaves(got), leaves(expected)
     where = f"{subject} in {backend}"
-    assert len(results) == len(wanted), f"{where}: {len(results)} arrays, not {len(wanted)}"
+    _claim(len(results) == len(wanted), f"{where}: {len(results)} arrays, not {len(wanted)}")
     limits = leaves(allowed) if allowed is not None else [None] * len(wanted)
     ratio = 0.0
     for have, want, limit in zip(results, wanted, limits, strict=True):
         if isinstance(want, str):
-            assert have == want, f"{where}: {have}, not {want}"
+            _claim(have == want, f"{where}: {have}, not {want}")
             continue
-        assert np.shape(have) == np.shape(want), f"{where}: {np.shape(have)}, not {np.shape(want)}"
-        assert np.all(np.isfinite(have)), f"{where} is not finite"
+        _claim(np.shape(have) == np.shape(want), f"{where}: {np.shape(have)}, not {np.shape(want)}")
+        _claim(np.all(np.isfinite(want)), f"{where}: what is expected is not finite")
+        _claim(np.all(np.isfinite(have)), f"{where} is not finite")
         error = np.abs(np.asarray(have, np.float64) - np.asarray(want, np.float64))
         if limit is None:
-            assert not error.any(), f"{where} is not equal: off by {error.max():.3g}"
+            _claim(not error.any(), f"{where} is not equal: off by {error.max(initial=0.0):.3g}")
             continue
         limit = np.broadcast_to(np.asarray(limit, np.float64), error.shape)
+        _claim(np.all(np.isfinite(limit) & (limit >= 0)), f"{where}: its bound is none")
         part = np.where(error > 0, error / np.where(limit > 0, limit, 1e-300), 0.0)
         ratio = max(ratio, float(part.max(initial=0.0)))
     if ledger is not None:
         ledger.note(subject, backend, kind, ratio)
-    assert ratio <= 1.0, f"{where} is off by {ratio:.3g} times its bound"
+    _claim(ratio <= 1.0, f"{where} is off by {ratio:.3g} times its bound")
 
 
-def uncalled() -> list[str]:
-    """Public functions of the core that have no call here."""
-    return sorted(set(core.capabilities()) - set(BUILDERS) - {"capabilities"})
+def _claim(holds: Any, otherwise: str) -> None:
+    """An assertion that ``python -O`` keeps."""
+    if not holds:
+        raise AssertionError(otherwise)

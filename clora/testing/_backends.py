@@ -80,6 +80,7 @@ class Backend:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "library", self.library or self.name)
+        object.__setattr__(self, "dtypes", tuple(self.dtypes))
 
     @property
     def jit(self) -> bool:
@@ -137,7 +138,7 @@ def _strict() -> list[Backend]:
     def make(name: str, device: Any = None, flags: dict[str, Any] | None = None, **how: Any) -> Backend:
         scope = partial(strict.ArrayAPIStrictFlags, **flags) if flags else nullcontext
         home = device or strict.Device()
-        how |= {"library": "strict", "kind": type(strict.asarray(0.0)), "device": device, "scope": scope}
+        how |= {"library": "strict", "kind": type(strict.asarray(0.0)), "device": home, "scope": scope}
         return Backend(name, strict, partial(put, home), **how)
 
     return [
@@ -318,9 +319,9 @@ def check_home(name: str, backend: Backend, value: Any, dtypes: Iterable[str], c
     """Results have the inputs' library, dtype and device; a dtype asked for (``cast``) goes to the first result."""
     dtypes = list(dtypes)
     for i, leaf in enumerate(leaves(value)):
-        if isinstance(leaf, bool | int | float | str):
-            continue
         where = f"{name} in {backend.name}"
+        if not dtypes and isinstance(leaf, bool | int | float | str):  # of Python numbers, a Python number
+            continue
         assert isinstance(leaf, backend.kind), f"{where} left the library"
         if dtypes:
             want = cast if cast is not None and i == 0 else backend.dtype(dtypes[0])

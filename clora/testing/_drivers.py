@@ -11,6 +11,7 @@ import numpy as np
 
 import clora_numpy
 import clora_store as store
+from clora_core.errors import DTypeError, message
 from clora_numpy import folders
 
 from ._backends import Backend, backends, installed
@@ -123,7 +124,52 @@ def drivers(*libraries: str) -> list[Driver]:
     return out
 
 
-class ArrayDriver:
+class _Verbs:
+    """The verbs of a ``self.adapter`` that has them all under their names."""
+
+    adapter: Any
+
+    def begin_task(self, name: str) -> None:
+        """See `Driver`."""
+        self.adapter.begin_task(name)
+
+    def end_task(self) -> None:
+        """See `Driver`."""
+        self.adapter.end_task()
+
+    def expand(self, by: int, seed: int) -> None:
+        """See `Driver`."""
+        self.adapter.expand(by, seed=seed)
+
+    def drift(self) -> dict[str, float]:
+        """See `Driver`."""
+        return self.adapter.drift()
+
+    def restore(self, name: str) -> None:
+        """See `Driver`."""
+        self.adapter.restore(name)
+
+    def merged(self, x: np.ndarray) -> np.ndarray:
+        """See `Driver`."""
+        self.adapter.merge()
+        y = self.forward(x)
+        self.adapter.unmerge()
+        return y
+
+    def forward(self, x: np.ndarray) -> np.ndarray:
+        """See `Driver`."""
+        raise NotImplementedError
+
+    def save(self, folder: str) -> None:
+        """See `Driver`."""
+        self.adapter.save(folder)
+
+    def export_peft(self, folder: str) -> None:
+        """See `Driver`."""
+        self.adapter.export_peft(folder)
+
+
+class ArrayDriver(_Verbs):
     """`clora_numpy` on any array library, or a package with its names.
 
     Parameters
@@ -134,6 +180,17 @@ class ArrayDriver:
     """
 
     def __init__(self, backend: Backend, module: Any = clora_numpy) -> None:
+        if "float64" not in backend.dtypes:
+            raise DTypeError(
+                message(
+                    "clora.testing.ArrayDriver",
+                    f"{backend.name} has no float64",
+                    got=f"dtypes={backend.dtypes}",
+                    needed="float64, in which lives keep and compare their memory",
+                    cause="a device or library of single precision",
+                    fix="use FunctionSuite alone",
+                )
+            )
         self.backend, self.module = backend, module
         self.name = f"{module.__name__} on {backend.name}"
 
@@ -161,9 +218,6 @@ class ArrayDriver:
         self.adapter, self.optimizer = adapter, self.module.Optimizer(adapter, self.module.sgd(lr))
         if energy is not None:
             self.adapter.protect(self.optimizer, energy=energy)
-        self.begin_task, self.end_task = self.adapter.begin_task, self.adapter.end_task
-        self.drift, self.restore, self.export_peft = self.adapter.drift, self.adapter.restore, self.adapter.export_peft
-        self.save = self.adapter.save
 
     def state(self) -> store.State:
         """See `Driver`."""
@@ -185,19 +239,8 @@ class ArrayDriver:
         """See `Driver`."""
         self.adapter.observe([self.backend.put(x) for x in batches])
 
-    def expand(self, by: int, seed: int) -> None:
-        """See `Driver`."""
-        self.adapter.expand(by, seed=seed)
 
-    def merged(self, x: np.ndarray) -> np.ndarray:
-        """See `Driver`."""
-        self.adapter.merge()
-        y = self.forward(x)
-        self.adapter.unmerge()
-        return y
-
-
-class TorchDriver:
+class TorchDriver(_Verbs):
     """`clora_torch` in an nn.Sequential."""
 
     def __init__(self, device: str = "cpu") -> None:
@@ -241,9 +284,6 @@ class TorchDriver:
         self.adapter, self.optimizer = adapter, torch.optim.SGD(adapter.parameters(), lr=lr)
         if energy is not None:
             self.adapter.protect(self.optimizer, energy=energy)
-        self.begin_task, self.end_task = self.adapter.begin_task, self.adapter.end_task
-        self.drift, self.restore, self.export_peft = self.adapter.drift, self.adapter.restore, self.adapter.export_peft
-        self.save = self.adapter.save
 
     def _put(self, array: np.ndarray) -> Any:
         import torch
@@ -272,17 +312,6 @@ class TorchDriver:
     def observe(self, batches: Sequence[np.ndarray]) -> None:
         """See `Driver`."""
         self.adapter.observe([self._put(x) for x in batches])
-
-    def expand(self, by: int, seed: int) -> None:
-        """See `Driver`."""
-        self.adapter.expand(by, seed=seed)
-
-    def merged(self, x: np.ndarray) -> np.ndarray:
-        """See `Driver`."""
-        self.adapter.merge()
-        y = self.forward(x)
-        self.adapter.unmerge()
-        return y
 
     def rows(self, x: np.ndarray, tasks: Sequence[str]) -> np.ndarray:
         """Row i by task i."""

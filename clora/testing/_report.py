@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ._agreement import CLASSES, Ledger
 
+BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
 PACKAGES = ("numpy", "array-api-strict", "torch", "jax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 PACKAGES += ("cupy-cuda12x", "cupy-cuda13x", "hypothesis")
 
@@ -53,11 +54,25 @@ def write(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     if file.suffix == ".json":
         file.write_text(json.dumps(ledger.dump(), indent=1) + "\n", encoding="utf-8")
         return
-    begin, end = "<!-- figures -->", "<!-- end of figures -->"
-    before, after = begin + "\n", end + "\n"
-    if file.exists() and begin in (old := file.read_text(encoding="utf-8")):
-        before, after = old[: old.index(begin)] + before, end + old[old.index(end) + len(end) :]
+    before, after = BEGIN + "\n", END + "\n"
+    if file.exists():
+        old = file.read_text(encoding="utf-8")
+        before, after = old[: old.index(BEGIN)] + before, old[old.index(END) :]
     file.write_text(f"{before}\n{markdown(ledger)}\n{after}", encoding="utf-8")
+
+
+def fault(path: str | os.PathLike[str]) -> str | None:
+    """Why a report can't be written to a path, with the fix; None if it can."""
+    file = Path(path)
+    if file.suffix not in (".json", ".md"):
+        return f"{file.name} is neither .json nor .md: give it one of the two endings"
+    if not file.absolute().parent.is_dir():
+        return f"there is no folder {file.parent}: make it first"
+    if file.suffix == ".md" and file.exists():
+        text = file.read_text(encoding="utf-8")
+        if not (BEGIN in text and END in text and text.index(BEGIN) < text.index(END)):
+            return f"{file.name} has no lines {BEGIN} and {END} to write between: add them, or name a new file"
+    return None
 
 
 def _functions() -> set[str]:
