@@ -44,9 +44,10 @@ def test_random_verbs() -> None:
 def test_function(name: str) -> None:
     """Every backend gives what NumPy gives, within a bound that is no looser than it must be."""
     testing.check_function(name, BACKENDS)
-    if hypothesis.settings().max_examples >= 40:  # fewer do not find how near an error can come
+    others = {backend.library for backend in BACKENDS} - {"numpy", "strict"}  # strict computes with NumPy
+    if others and hypothesis.settings().max_examples >= 40:  # fewer do not find how near an error can come
         for kind, worst in LEDGER.worst(name).items():
-            assert worst * LOOSEST[kind] >= 1, f"the bound of {name} ({kind}) is {1 / worst:.0f} times the worst error"
+            assert worst * LOOSEST[kind] >= 1, f"the worst error of {name} ({kind}) is {worst:.2g} of its bound"
 
 
 def test_every_function_of_the_core_has_a_call() -> None:
@@ -95,7 +96,7 @@ ELSEWHERE = {
 def public() -> Iterator[tuple[str, Any]]:
     """Dotted names of all that packages export, and of the methods of their adapters."""
     for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
+        if (library := {"clora_torch": "torch", "clora_jax": "jax"}.get(package)) and library not in LIBRARIES:
             continue
         module = importlib.import_module(package)
         for name in module.__all__:

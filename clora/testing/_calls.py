@@ -21,14 +21,11 @@ Tree = Any
 SMALL = {"top": 1, "unit": 1}  # for products of many: still without rounding in float32
 DECOMPOSING = {"compress", "init_adapter", "orthogonality", "orthogonality_vjp", "orthonormalize", "protected_basis"}
 GRADIENTS = core.LinearGradients._fields
-METRICS = (
-    "last_accuracy",
-    "average_accuracy",
-    "average_incremental_accuracy",
-    "backward_transfer",
-    "forward_transfer",
-    "forgetting",
-)
+NUMBERS = ("unit_roundoff", "gamma", "orthonormal")  # bounds that take no arrays
+
+
+def _below(prefix: str) -> list[str]:
+    return [name.removeprefix(prefix) for name in core.capabilities() if name.startswith(prefix)]
 
 
 class Call(NamedTuple):
@@ -522,25 +519,8 @@ BUILDERS: dict[str, Callable[[Case], Call]] = {
     "orthonormalize": _orthonormalize,
     "orthonormality_defect": _orthonormality_defect,
     "merge": _merge,
-    **{f"metrics.{name}": _metric(name) for name in METRICS},
-    **{
-        f"bounds.{name}": _bound_of(name)
-        for name in (
-            "routing",
-            "delta",
-            "apply",
-            "linear",
-            "delta_vjp",
-            "linear_vjp",
-            "second_moment",
-            "record",
-            "drift",
-            "drift_vjp",
-            "orthogonality",
-            "project",
-            "merge",
-        )
-    },
+    **{f"metrics.{name}": _metric(name) for name in _below("metrics.")},
+    **{f"bounds.{name}": _bound_of(name) for name in _below("bounds.") if name not in NUMBERS},
     "bounds.unit_roundoff": _number("unit_roundoff", "dtype"),
     "bounds.gamma": _number("gamma", 7, 2.0**-24),
     "bounds.orthonormal": _number("orthonormal", 5, 2, "dtype"),
