@@ -17,7 +17,15 @@ import oracle
 
 import clora_core as core
 from clora import testing
-from clora.testing._backends import installed, leaves
+from clora.testing._backends import (  # noqa: F401  (the tests have them from here)
+    check_home,
+    installed,
+    leaves,
+    split,
+    to_numpy,
+    traceable,
+    tree_map,
+)
 
 # Which libraries must be there besides NumPy and array-api-strict: "all", "torch", "jax", or "numpy" for no other.
 WANTED = os.environ.get("CLORA_LANES", "all")

@@ -9,7 +9,8 @@ import oracle
 import pytest
 
 import clora_core as core
-from clora.testing import TABLE, Case
+from clora.testing import Case
+from clora.testing._cases import TABLE
 
 if kit.torch is None or kit.jax is None:
     pytest.skip(kit.NO_FRAMEWORK, allow_module_level=True)

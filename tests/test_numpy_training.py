@@ -538,10 +538,11 @@ def test_inputs_that_are_not_finite_are_not_recorded():
     adapter.begin_task("t0")
     x, _ = data(0)
     x[3, 2] = np.nan
-    with pytest.raises(InvalidValueError, match="observe: the inputs of layer 'one'"):
-        adapter.observe([x])
-    adapter.end_task()
-    assert adapter._unobserved == ["t0"]
+    adapter.observe([x])
+    with pytest.raises(InvalidValueError, match="what was observed of layer 'one' is not finite"):
+        adapter.end_task()
+    assert adapter.tasks == []
+    assert np.isfinite(adapter.moments("one").S).all()
 
 
 def test_a_folder_loads_where_there_is_no_float64(tmp_path):

@@ -134,7 +134,7 @@ def test_a_meter_that_is_wrong_is_found() -> None:
         fleet.step()
         fleet.observe()
         fleet.end_task()
-    with pytest.raises(AssertionError, match="drift in off at drift"):
+    with pytest.raises(AssertionError, match="verb: drift in off at drift"):
         fleet.drift()
     fleet.close()
 
@@ -143,7 +143,7 @@ def test_directions_drawn_otherwise_are_found() -> None:
     fleet = testing.Fleet(
         LIFE._replace(rank=2), [testing.ArrayDriver(NUMPY), Off("expand")], resync=True, ledger=Ledger()
     )
-    with pytest.raises(AssertionError, match="expand, A in off at expand is not equal"):
+    with pytest.raises(AssertionError, match="verb: expand, A in off at expand is not equal"):
         fleet.expand()
     fleet.close()
 

@@ -114,7 +114,9 @@ def load(
             raise option_error(
                 "load", "two saved layers belong to one module", got, "one each", fix, "names= that meet"
             )
-        info = info._replace(started=bool(state.tasks), complete=layer.complete and not state.unobserved)
+        info = info._replace(
+            started=bool(state.tasks), complete=layer.complete and (layer.moments is None or not state.unobserved)
+        )
         info = info._replace(blind=not layer.complete)
         out[info.name] = _layer(layer, leaves[leaf_numbers[leaf]], info)
         here[name] = info.name

@@ -326,6 +326,7 @@ class ContinualAdapter:
             for field, array in zip(layer.adapter._fields, layer.adapter, strict=True)
             if array is not None
         }
+        arrays |= {(name, "what was observed"): C for name, C in (self._observed or {}).items()}
         for name, field in _false({key: _finite(array) for key, array in arrays.items()}):
             raise InvalidValueError(
                 message(
@@ -362,19 +363,7 @@ class ContinualAdapter:
             raise _state(
                 "observe", "there was no data to observe", "pass the task's inputs (a generator runs only once)"
             )
-        observed = {name: C / rows for name, C in sums.items()}
-        for name in _false({name: _finite(C) for name, C in observed.items()}):
-            raise InvalidValueError(
-                message(
-                    "clora_numpy.observe",
-                    f"the inputs of layer {name!r} are not finite",
-                    got="NaN or infinity",
-                    needed="finite numbers",
-                    cause="a diverged model, or data with NaN",
-                    fix="check the data and the learning rate; nothing was recorded",
-                )
-            )
-        self._observed = observed
+        self._observed = {name: C / rows for name, C in sums.items()}
 
     # --- memory ------------------------------------------------------------------------------------------------
 

@@ -154,7 +154,7 @@ class Fleet:
 
     def _subject(self, verb: str, field: str = "") -> str:
         """What the ledger calls it: verbs judged by themselves, or at their place in a life."""
-        return ("" if self.resync else "life: ") + verb + (f", {field}" if field else "")
+        return ("verb: " if self.resync else "life: ") + verb + (f", {field}" if field else "")
 
     def measure(self, verb: str, ask: Any, bound: Any) -> None:
         """Compare what all drivers answer, ``ask(driver) -> array``, with the master's answer."""
@@ -231,7 +231,7 @@ class Fleet:
         self.measure("merge", lambda driver: driver.merged(x), lambda f: majorant.forward(self.base, f, x))
         for driver, y in zip(self.drivers, before, strict=True):
             assert np.array_equal(driver.forward(x), y), f"unmerge in {driver.name} does not give back the outputs"
-            self.ledger.note("unmerge", driver.name, "exact")
+            self.ledger.note(self._subject("unmerge"), driver.name, "exact")
 
     def drift(self) -> None:
         """The meter."""
@@ -260,7 +260,7 @@ class Fleet:
         self.master.restore(self.known.tasks[-1])
         for driver in able:
             got = driver.rows(x, list(tasks))  # type: ignore[attr-defined]
-            compare("rows", driver.name, got, want, 2 * limits, ledger=self.ledger)
+            compare(self._subject("rows"), driver.name, got, want, 2 * limits, ledger=self.ledger)
 
     def exchange(self) -> None:
         """Every driver saves; every folder is the state; every driver goes on from the folder of the next one."""
@@ -273,7 +273,7 @@ class Fleet:
                 j = (i + 1) % len(self.drivers)
                 self.load_one(driver, folders[j])
                 same(f"save in {self.drivers[j].name}, load in {driver.name}", driver.state(), states[j])
-                self.ledger.note("save and load", driver.name, "exact")
+                self.ledger.note(self._subject("save and load"), driver.name, "exact")
         if self.resync:
             self.load(self.known)
         else:
@@ -290,7 +290,7 @@ class Fleet:
                 assert set(tensors) == set(found[0]), f"export_peft in {driver.name}: {sorted(tensors)}"
                 for name, tensor in found[0].items():
                     assert np.array_equal(tensors[name], tensor), f"export_peft in {driver.name}: {name}"
-                self.ledger.note("export_peft", driver.name, "exact")
+                self.ledger.note(self._subject("export_peft"), driver.name, "exact")
 
 
 def same(where: str, got: store.State, want: store.State) -> None:

@@ -47,7 +47,7 @@ def attach(life: Life, drivers: Sequence[Driver], *, ledger: Ledger = LEDGER) ->
             for driver in drivers[1:]:
                 got = driver.state()
                 same(f"attach with {options} in {driver.name}", got, want)
-                ledger.note("attach", driver.name, "exact")
+                ledger.note("verb: attach", driver.name, "exact")
 
 
 def live(life: Life, drivers: Sequence[Driver], *, tasks: int = 2, ledger: Ledger = LEDGER) -> None:

@@ -37,7 +37,7 @@ def markdown(ledger: Ledger) -> str:
     out += _table(ledger, functions)
     out += ["", "How many times the worst error is contained in the bound, by the longest inner size:", ""]
     out += _tightness(ledger, functions)
-    judged = [verb for verb in verbs if not verb.startswith("life: ")]
+    judged = [verb for verb in verbs if verb.startswith("verb: ")]
     out += ["", "## Verbs, each judged by itself", "", *_table(ledger, judged)]
     out += ["", "## Verbs in whole lives, not synchronised", ""]
     out += _table(ledger, [verb for verb in verbs if verb.startswith("life: ")])
