@@ -19,8 +19,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import gpu_page as page
+import gpu_page
 from gpu_run import CANNOT, FAILED, PASSED, ROOT, Result, execute, probe
+
+sys.path.insert(0, str(ROOT))  # a checkout that is not installed has its own writer of pages, too
+from clora import pages
 
 PAGE = ROOT / "docs" / "gpu.md"
 LIBRARIES = {"cupy": "CuPy", "torch": "PyTorch", "jax": "JAX"}
@@ -206,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"no CUDA device that a library here can use (docs/gpu.md says what to install): {reasons}")
         return 2
     out = options.out or (None if options.only else PAGE)
-    if out is not None and (fault := page.fault(out)):
+    if out is not None and (fault := pages.fault(out)):
         parser.error(fault)
     xdist = importlib.util.find_spec("xdist") is not None
     jobs = options.jobs or (max(1, min(8, (os.cpu_count() or 1) // 2)) if xdist else 1)
@@ -217,13 +220,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     # Folders of this machine say nothing elsewhere.
     command = shlex.join(["python", "benchmarks/gpu.py", *(Path(w).name if os.path.isabs(w) else w for w in words)])
-    block = page.block(results, seen, command, [name for name in names if name not in {p.name for p in todo}])
+    block = gpu_page.block(results, seen, command, [name for name in names if name not in {p.name for p in todo}])
     (logs / "figures.md").write_text(block, encoding="utf-8")
     (logs / "results.json").write_text(json.dumps([r._asdict() for r in results], indent=1) + "\n", encoding="utf-8")
     if out is None:
         print(block)
     else:
-        page.write(out, block)
+        pages.write_figures(out, block)
         print(f"written: {out}")
     return 0 if all(result.status in (PASSED, CANNOT) for result in results) else 1
 

@@ -1,4 +1,4 @@
-"""What the GPU lane writes: results as markdown, between the marks of a page that is replaced whole or not at all."""
+"""What the GPU lane writes: its results as markdown."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,6 @@ from typing import Any
 
 from gpu_run import CANNOT, Result
 
-BEGIN, END = b"<!-- figures -->", b"<!-- end of figures -->"
 NAMES = {"cupy": "CuPy", "torch": "PyTorch", "jax": "JAX"}
 # Distributions that decide what was measured: named, or of a family.
 PACKAGES = {
@@ -32,41 +30,6 @@ PACKAGES = {
 }
 PACKAGES |= {"qwix", "triton", "safetensors", "transformers", "equinox"}
 FAMILIES = ("cupy", "torch", "jax", "nvidia-", "cuda-")
-
-
-def fault(file: Path) -> str | None:
-    """Why the page cannot take figures, with the fix; a page that does not exist can: it is made."""
-    if not file.exists():
-        return None if file.parent.is_dir() else f"{file}: there is no folder {file.parent}; make it"
-    text = file.read_bytes()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        return f"{file} must have the line {BEGIN.decode()} and, below it, {END.decode()}, once each; add them"
-    return None
-
-
-def write(file: Path, figures: str) -> None:
-    """Put the figures between the marks; every other byte of the page stays.
-
-    Raises
-    ------
-    ValueError
-        The page has no marks.
-    """
-    if (reason := fault(file)) is not None:
-        raise ValueError(reason)
-    old = file.read_bytes() if file.exists() else BEGIN + b"\n" + END + b"\n"
-    new = old[: old.index(BEGIN)] + BEGIN + f"\n\n{figures.strip()}\n\n".encode() + old[old.index(END) :]
-    # Beside the page, since a file is replaced in one step only within a file system.
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as copy:
-        try:
-            copy.write(new)
-            copy.flush()
-            os.fsync(copy.fileno())
-            os.chmod(copy.name, file.stat().st_mode if file.exists() else 0o644)
-            os.replace(copy.name, file)
-        except BaseException:
-            os.unlink(copy.name)
-            raise
 
 
 def block(

@@ -93,7 +93,7 @@ def demo(
 def _demo(
     tasks: int, seed: int, rank: int, backend: str, names: list[str] | None, out: Path, json: bool, quick: bool
 ) -> int:
-    from . import methods, report, study, suites, trainers
+    from . import methods, pages, report, study, suites, trainers
 
     chosen = {name: methods.get_method(name) for name in (names or methods.DEMO)}
     tasks, size = (min(tasks, 4), 1000) if quick else (tasks, 4000)
@@ -124,8 +124,8 @@ def _demo(
         messages.print("Interrupted before the first task was finished; nothing was written.")
         return 130
     try:
-        study.write_text(out / "result.json", study.to_json(result))
-        study.write_text(out / "report.html", report.html(result))
+        pages.write(out / "result.json", study.to_json(result).encode())
+        pages.write(out / "report.html", report.html(result).encode())
     except OSError as error:
         messages.print(f"clora demo: cannot write to {out}: {error.strerror}; the result follows on standard output.")
         print(study.to_json(result), end="")

@@ -1,12 +1,14 @@
 """The pytest plugin of the test kit: gathers the ledger from all workers, sums it up, writes it where asked.
 
-Loaded into every pytest run where clora is installed, so it imports nothing; the kit itself is loaded by the tests.
+Loaded into every pytest run where clora is installed, so it imports no kit: that is loaded by the tests.
 """
 
 from __future__ import annotations
 
 import sys
 from typing import Any
+
+import pytest
 
 
 def pytest_addoption(parser: Any) -> None:
@@ -22,8 +24,6 @@ def pytest_configure(config: Any) -> None:
     """Refuse a report that could not be written, before anything runs."""
     path = config.getoption("clora_report", None)
     if path is not None:
-        import pytest
-
         from clora.testing import _report as report
 
         if fault := report.fault(path):
@@ -44,6 +44,7 @@ def pytest_sessionfinish(session: Any) -> None:
         report.write(kit.LEDGER, config.getoption("clora_report"))
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_testnodedown(node: Any) -> None:
     """Gather."""
     data = getattr(node, "workeroutput", {}).get("clora_ledger")
@@ -51,9 +52,6 @@ def pytest_testnodedown(node: Any) -> None:
         from clora.testing._agreement import LEDGER, Ledger
 
         LEDGER.merge(Ledger.load(data))
-
-
-pytest_testnodedown.pytest_impl = {"optionalhook": True}  # type: ignore[attr-defined]  # a hook of pytest-xdist
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
@@ -65,3 +63,5 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.section("clora: agreement with NumPy")
         for line in report.summary(kit.LEDGER):
             terminalreporter.line(line)
+    elif path := terminalreporter.config.getoption("clora_report"):
+        terminalreporter.line(f"--clora-report: nothing was compared, so {path} was not written")

@@ -7,10 +7,8 @@ import json
 import math
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -92,20 +90,6 @@ def _summary(method: methods.Method, rows: list[dict[str, Any]], tasks: int) -> 
             key: value for key, value in vars(method).items() if key not in ("title", "summary") and value is not None
         },
     }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def to_json(result: dict[str, Any]) -> str:

@@ -46,7 +46,7 @@ def gpu(monkeypatch):
 
 @pytest.fixture
 def page(gpu):
-    return gpu.page
+    return gpu.gpu_page
 
 
 @pytest.fixture
@@ -201,43 +201,6 @@ def test_an_earlier_report_does_not_pass_for_this_one(run, tmp_path):
 
 
 # --- the page --------------------------------------------------------------------------------------------------
-
-
-def test_only_what_is_between_the_marks_changes(page, tmp_path):
-    file = tmp_path / "page.md"
-    file.write_bytes(PAGE)
-    for figures in ("one\n", "two é\n\n"):
-        page.write(file, figures)
-        before, rest = file.read_bytes().split(page.BEGIN)
-        between, after = rest.split(page.END)
-        assert before == PAGE.split(page.BEGIN)[0]
-        assert after == PAGE.split(page.END)[1]
-        assert between.decode().strip() == figures.strip()
-    page.write(tmp_path / "new.md", "three")
-    assert (tmp_path / "new.md").read_text() == "<!-- figures -->\n\nthree\n\n<!-- end of figures -->\n"
-
-
-@pytest.mark.parametrize("text", [b"", b"<!-- figures -->", PAGE + PAGE, b"<!-- end of figures --><!-- figures -->"])
-def test_a_page_without_its_marks_stays_as_it_is(page, tmp_path, text):
-    file = tmp_path / "page.md"
-    file.write_bytes(text)
-    with pytest.raises(ValueError, match="once each"):
-        page.write(file, "figures")
-    assert file.read_bytes() == text
-
-
-def test_a_page_is_written_whole_or_not_at_all(page, tmp_path, monkeypatch):
-    file = tmp_path / "page.md"
-    file.write_bytes(PAGE)
-
-    def full(_):
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr(page.os, "fsync", full)
-    with pytest.raises(OSError, match="no space"):
-        page.write(file, "figures")
-    assert file.read_bytes() == PAGE
-    assert [path.name for path in tmp_path.iterdir()] == ["page.md"]
 
 
 def test_nested_figures_become_one_table(page):

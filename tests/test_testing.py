@@ -77,16 +77,19 @@ def test_a_result_that_leaves_its_library_dtype_or_device_is_told() -> None:
         testing.run("delta", elsewhere, CASE.adapter())
 
 
-def test_a_near_tie_says_nothing_and_is_counted() -> None:
-    """The directions that hold half of R_old = I are any."""
+@pytest.mark.parametrize(
+    ("seed", "diagonal"),
+    [(2, (1.0, 1.0)), (8, (3.0, 1.0))],
+    ids=["equal singular values at energy 0.3", "a share of 0.9 at energy 0.9"],
+)
+def test_a_near_tie_says_nothing_and_is_counted(seed: int, diagonal: tuple[float, float]) -> None:
     ledger = Ledger()
-    eye = np.eye(2)
 
     class Tie(testing.Case):
         def adapter(self, **how: int) -> core.Adapter:
-            return super().adapter()._replace(R_old=eye)
+            return super().adapter()._replace(R_old=np.diag(diagonal))
 
-    testing.agree("orthogonality", Tie(*CASE._replace(seed=2)), [skewed("any", 1.0)], ledger=ledger)
+    testing.agree("orthogonality", Tie(*CASE._replace(seed=seed)), [skewed("any", 1.0)], ledger=ledger)
     assert sum(ledger.skipped.values()) == 1
     assert not ledger.rows
 
@@ -221,8 +224,8 @@ def test_an_option_lost_in_a_folder_is_found() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("page.md", "no marks", "has no lines"),
-        ("page.md", "<!-- figures -->", "has no lines"),
+        ("page.md", "no marks", "once each"),
+        ("page.md", "<!-- figures -->", "once each"),
         ("page.txt", "", "neither"),
         ("there/page.md", None, "no folder"),
     ],
@@ -280,6 +283,8 @@ def test_a_run_with_workers_reports_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "agreement with NumPy" in done.stdout
     subjects = {subject for subject, _, _ in Ledger.load(json.loads((tmp_path / "out.json").read_text())).rows}
+    done = subprocess.run([*command, "-k", "nothing"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "nothing was compared, so out.json was not written" in done.stdout
     assert subjects == {"delta", "delta_vjp", "merge", "bounds.delta", "bounds.delta_vjp", "bounds.merge"}
 
 

@@ -8,9 +8,11 @@ import os
 import platform
 from pathlib import Path
 
-from ._agreement import CLASSES, Ledger
+from clora import pages
 
-BEGIN, END = "<!-- figures -->", "<!-- end of figures -->"
+from ._agreement import CLASSES, Ledger
+from ._calls import BUILDERS
+
 PACKAGES = ("numpy", "array-api-strict", "torch", "jax", "jax-cuda12-plugin", "jax-cuda13-plugin")
 PACKAGES += ("cupy-cuda12x", "cupy-cuda13x", "hypothesis")
 
@@ -31,20 +33,19 @@ def summary(ledger: Ledger) -> list[str]:
 
 def markdown(ledger: Ledger) -> str:
     """The tables of docs/agreement.md."""
-    functions = sorted(s for s in {key[0] for key in ledger.rows} if s in _functions())
-    verbs = sorted(s for s in {key[0] for key in ledger.rows} if s not in _functions())
+    subjects = sorted({key[0] for key in ledger.rows})
+    functions = [subject for subject in subjects if subject in BUILDERS]
     out = [_machine(), "", "## Functions of the core", ""]
     out += _table(ledger, functions)
     out += ["", "How many times the worst error is contained in the bound, by the longest inner size:", ""]
     out += _tightness(ledger, functions)
-    judged = [verb for verb in verbs if verb.startswith("verb: ")]
-    out += ["", "## Verbs, each judged by itself", "", *_table(ledger, judged)]
-    out += ["", "## Verbs in whole lives, not synchronised", ""]
-    out += _table(ledger, [verb for verb in verbs if verb.startswith("life: ")])
-    out += ["", "## Near-ties", ""]
-    out += [f"- {subject}: {reason}: {count}" for (subject, reason), count in sorted(ledger.skipped.items())] or [
-        "None."
-    ]
+    for title, kind in (
+        ("Verbs, each judged by itself", "verb: "),
+        ("Verbs in whole lives, not synchronised", "life: "),
+    ):
+        out += ["", f"## {title}", "", *_table(ledger, [subject for subject in subjects if subject.startswith(kind)])]
+    ties = [f"- {subject}: {reason}: {count}" for (subject, reason), count in sorted(ledger.skipped.items())]
+    out += ["", "## Near-ties", "", *(ties or ["None."])]
     return "\n".join(out) + "\n"
 
 
@@ -52,13 +53,9 @@ def write(ledger: Ledger, path: str | os.PathLike[str]) -> None:
     """As JSON, or as markdown: in a page that has the marks, between them; the rest of the page stays."""
     file = Path(path)
     if file.suffix == ".json":
-        file.write_text(json.dumps(ledger.dump(), indent=1) + "\n", encoding="utf-8")
+        pages.write(file, (json.dumps(ledger.dump(), indent=1) + "\n").encode())
         return
-    before, after = BEGIN + "\n", END + "\n"
-    if file.exists():
-        old = file.read_text(encoding="utf-8")
-        before, after = old[: old.index(BEGIN)] + before, old[old.index(END) :]
-    file.write_text(f"{before}\n{markdown(ledger)}\n{after}", encoding="utf-8")
+    pages.write_figures(file, markdown(ledger))
 
 
 def fault(path: str | os.PathLike[str]) -> str | None:
@@ -66,19 +63,7 @@ def fault(path: str | os.PathLike[str]) -> str | None:
     file = Path(path)
     if file.suffix not in (".json", ".md"):
         return f"{file.name} is neither .json nor .md: give it one of the two endings"
-    if not file.absolute().parent.is_dir():
-        return f"there is no folder {file.parent}: make it first"
-    if file.suffix == ".md" and file.exists():
-        text = file.read_text(encoding="utf-8")
-        if not (BEGIN in text and END in text and text.index(BEGIN) < text.index(END)):
-            return f"{file.name} has no lines {BEGIN} and {END} to write between: add them, or name a new file"
-    return None
-
-
-def _functions() -> set[str]:
-    from ._calls import BUILDERS
-
-    return set(BUILDERS)
+    return pages.fault(file) if file.suffix == ".md" or not file.exists() else None
 
 
 def _machine() -> str:
