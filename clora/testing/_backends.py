@@ -325,6 +325,7 @@ def check_home(name: str, backend: Backend, value: Any, dtypes: Iterable[str], c
         assert isinstance(leaf, backend.kind), f"{where} left the library"
         if dtypes:
             want = cast if cast is not None and i == 0 else backend.dtype(dtypes[0])
-            assert leaf.dtype == want, f"{where} gave {leaf.dtype}, not {want}"
+            dtype = getattr(leaf, "dtype", None)  # a number has none
+            assert dtype == want, f"{where} gave {dtype}, not {want}"
         if backend.device is not None:
             assert leaf.device == backend.device, f"{where} left the device"

@@ -337,28 +337,54 @@ def _old_projector(case: Case, adapter: core.Adapter) -> tuple[np.ndarray, Any]:
     """Q Q^T of the form "basis", and by how much rounding may turn it."""
     R_old = wide(adapter.R_old)
     U, s, _ = np.linalg.svd(R_old)
-    return _projector(U, s * s, _energy(case), s, np.linalg.norm(R_old, axis=(-2, -1)), case)
+    return _projector(U, s * s, s, np.linalg.norm(R_old, axis=(-2, -1)), case)
 
 
-def _projector(U: Any, energies: Any, energy: float, values: Any, norm: Any, case: Case) -> tuple[np.ndarray, Any]:
-    """The projector on the leading directions, and by how much rounding may turn it (Davis and Kahan)."""
+def _projector(U: Any, energies: Any, values: Any, norm: Any, case: Case) -> tuple[np.ndarray, Any]:
+    """The projector on the leading directions, and by how much rounding may turn it."""
     r = energies.shape[-1]
     noise = norm * _both(lambda dtype: decomposition(r, r, dtype), case.dtype)
-    total = energies.sum(axis=-1, keepdims=True)
-    share = np.cumsum(energies, axis=-1) / np.where(total > 0, total, 1.0)
-    before = share - energies / np.where(total > 0, total, 1.0)
-    weights = ((before < energy) & (energies > 0)).astype(float)
-    largest = np.where(total > 0, total, 1.0)
-    _clear(np.abs(before[..., 1:] - energy), 4 * r * (noise[..., None] * values[..., :1] + noise[..., None]) / largest)
-    kept = weights.sum(axis=-1).astype(int)[..., None]
-    following = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
-    last = np.take_along_axis(values, np.maximum(kept - 1, 0), axis=-1)[..., 0]
-    gap = np.where(kept[..., 0] == r, np.inf, last - np.take_along_axis(following, kept, axis=-1)[..., 0])
-    gap = np.where(kept[..., 0] == 0, np.inf, gap)
-    _clear(gap, 8 * noise)
+    # of an eigenvalue, or of the square of a singular value
+    error = noise * (1 if energies is values else 2 * values[..., 0])
+    weights, gap = leading(energies, _energy(case), values, noise, error)
     P = (U * weights[..., None, :]) @ np.swapaxes(U, -1, -2)
-    room = 1.25 * math.sqrt(2) * noise / gap + _both(lambda dtype: decomposition(r, r, dtype), case.dtype)
-    return P, room
+    return P, turned(noise, gap) + _both(lambda dtype: decomposition(r, r, dtype), case.dtype)
+
+
+def leading(energies: Any, energy: float, values: Any, noise: Any, error: Any) -> tuple[Any, Any]:
+    """0/1 weights of the fewest leading directions that hold the energy, and the gap below the last of them.
+
+    Parameters
+    ----------
+    energies, values : arrays, shape (..., r), descending
+        What is summed, and the eigenvalues or singular values whose gap counts.
+    noise, error : arrays, shape (...)
+        How far rounding may move each value, and each energy.
+
+    Raises
+    ------
+    NearTie
+        Rounding could choose other directions.
+    """
+    r = energies.shape[-1]
+    total = energies.sum(axis=-1, keepdims=True)
+    before = np.cumsum(energies, axis=-1) - energies
+    _clear(np.abs(before[..., 1:] - energy * total), 4 * r * np.asarray(error)[..., None])
+    weights = ((before < energy * total) & (energies > 0)).astype(float)
+    kept = weights.sum(axis=-1, keepdims=True).astype(int)
+    following = np.concatenate([values, np.zeros_like(values[..., :1])], axis=-1)
+    gap = np.take_along_axis(values, np.maximum(kept - 1, 0), axis=-1) - np.take_along_axis(following, kept, axis=-1)
+    gap = np.where((kept == 0) | (kept == r), np.inf, gap)[..., 0]
+    _clear(gap, 8 * noise)
+    return weights, gap
+
+
+def turned(noise: Any, gap: Any) -> Any:
+    """How far projectors may be apart, in the Frobenius norm: sqrt(2) ||E|| / gap (Davis and Kahan).
+
+    A gap that is clear of eight times the noise may itself have shrunk by a fifth.
+    """
+    return 1.25 * math.sqrt(2) * noise / gap
 
 
 # --- memory and protection -------------------------------------------------------------------------------------
@@ -408,7 +434,7 @@ def _protected_basis(case: Case) -> Call:
     S = _moment(case)
     values, U = np.linalg.eigh(wide(S))
     values, U = np.clip(values[..., ::-1], 0.0, None), U[..., ::-1]
-    P, room = _projector(U, values, _energy(case), values, np.linalg.norm(wide(S), axis=(-2, -1)), case)
+    P, room = _projector(U, values, values, np.linalg.norm(wide(S), axis=(-2, -1)), case)
 
     def view(basis: core.Basis) -> tuple[np.ndarray, np.ndarray]:
         frame, weights = wide(basis)

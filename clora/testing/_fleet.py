@@ -85,10 +85,12 @@ class Fleet:
         ``projects``: some frameworks project once more, which takes out what the last step left.
         """
         before, self.known = self.known, self.master.state()
-        fields, errors = self._sizes(before)
-        if projects:
-            errors = majorant.plus(errors, {name: {"R_delta": leak} for name, leak in self.leak.items()})
-        changed = {} if bound is None else majorant.errors(bound, fields, errors, self.life.dtype)
+        changed = {}
+        if bound is not None:
+            fields, errors = self._sizes(before)
+            if projects:
+                errors = majorant.plus(errors, {name: {"R_delta": leak} for name, leak in self.leak.items()})
+            changed = majorant.errors(bound, fields, errors, self.life.dtype)
         if verb == "step":
             protected = self.loaded is not None and bool(before.tasks)
             self.leak = {name: own["R_delta"] for name, own in changed.items()} if protected else {}
@@ -105,10 +107,7 @@ class Fleet:
             self.errors = majorant.zeros(majorant.absolute(self.known))
 
     def _sizes(self, state: store.State) -> tuple[Any, Any]:
-        energy = self.loaded if state.open is not None else None
-        turned = majorant.turning(state, self.errors, energy)
-        before = {name: {**own, "Q": turned[name]} for name, own in self.errors.items()}
-        return majorant.absolute(state, energy), before
+        return majorant.protected(state, self.errors, self.loaded if state.open is not None else None)
 
     def _reshaped(self) -> Any:
         """Errors of before, for a state whose arrays only moved: those of the largest entry, where shapes changed."""
@@ -175,7 +174,7 @@ class Fleet:
 
     def begin_task(self) -> None:
         """The next task."""
-        majorant.turning(self.known, self.errors, self.energy)  # a near-tie is told before anything happens
+        majorant.protected(self.known, self.errors, self.energy)  # a near-tie is told before anything happens
         self.task, self.taken, self.leak = self.task + 1, 0, {}
         for driver in self.drivers:
             driver.begin_task(f"task-{self.task}")

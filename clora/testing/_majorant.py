@@ -12,7 +12,6 @@ of the exact result: what the verb makes of the earlier difference, and its own 
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,12 +19,10 @@ import numpy as np
 import clora_core as core
 import clora_store as store
 
-from ._calls import NearTie, decomposition, gamma
+from ._calls import decomposition, gamma, leading, turned
 from ._drivers import LAYERS, Base
 
 Fields = dict[str, dict[str, np.ndarray]]
-
-
 MEMORY = {"S", "P", "q", "drift"}  # in float64 whatever the layers are in
 
 
@@ -37,56 +34,40 @@ class Verb(NamedTuple):
     alike: tuple[str, ...] = ()  # fields that every library gives the same bits of, from the same, without protection
 
 
-def absolute(state: store.State, energy: float | None = None) -> Fields:
-    """Absolute values of a state in float64, every layer with the projector Q that protection multiplies by."""
-    out: Fields = {}
-    for name, layer in state.layers.items():
-        fields = {field: np.abs(np.asarray(a, np.float64)) for field, a in layer.tensors().items()}
-        r = layer.adapter.R_delta.shape[-1]
-        fields["Q"] = np.eye(r)
-        if energy is not None and state.tasks and layer.moments is not None:
-            fields["Q"] = np.eye(r) + _frame(layer, energy)[0]
-        out[name] = fields
-    return out
+def absolute(state: store.State) -> Fields:
+    """Absolute values of a state in float64, every layer with the projector Q that protection multiplies by: none."""
+    return {
+        name: {
+            **{field: np.abs(np.asarray(a, np.float64)) for field, a in layer.tensors().items()},
+            "Q": np.eye(layer.adapter.R_delta.shape[-1]),
+        }
+        for name, layer in state.layers.items()
+    }
 
 
-def turning(state: store.State, errors: Fields, energy: float | None) -> dict[str, np.ndarray]:
-    """Layer -> how far the projectors of two implementations may be apart, for errors of S as given.
+def protected(state: store.State, errors: Fields, energy: float | None) -> tuple[Fields, Fields]:
+    """`absolute` values and errors, with Q as protection makes it, and how far two of them may be apart.
 
     Raises
     ------
     NearTie
         An eigenvalue or share of the energy is so close to the next that the choice of directions may differ.
     """
-    out = {}
+    fields, errors = absolute(state), {name: dict(own) for name, own in errors.items()}
     for name, layer in state.layers.items():
         r = layer.adapter.R_delta.shape[-1]
-        out[name] = np.zeros((r, r))
-        if energy is not None and state.tasks and layer.moments is not None:
-            _, values, k = _frame(layer, energy)
-            S = np.asarray(layer.moments.S[:r, :r], np.float64)
-            moved = errors[name]["S"][:r, :r] if name in errors else 0.0
-            noise = float(np.linalg.norm(S) * 2 * decomposition(r, r, "float64") + np.linalg.norm(moved))
-            total = max(values.sum(), 1e-300)
-            shares = np.concatenate([[0.0], np.cumsum(values)]) / total
-            if np.min(np.abs(shares - energy)) * total <= 4 * r * noise:
-                raise NearTie("a share of the energy within rounding")
-            gap = values[k - 1] - values[k] if 0 < k < r else np.inf
-            if gap <= 8 * noise:
-                raise NearTie("a gap within rounding")
-            out[name] = np.full((r, r), 1.25 * math.sqrt(2) * noise / gap + 2 * decomposition(r, r, "float64"))
-    return out
-
-
-def _frame(layer: store.Layer, energy: float) -> tuple[np.ndarray, np.ndarray, int]:
-    """|U| diag(w) |U|^T of the protected directions, the eigenvalues descending, and how many are protected."""
-    assert layer.moments is not None
-    r = layer.adapter.R_delta.shape[-1]
-    values, U = np.linalg.eigh(np.asarray(layer.moments.S[:r, :r], np.float64))
-    values, U = np.clip(values[::-1], 0.0, None), np.abs(U[:, ::-1])
-    before = np.cumsum(values) - values
-    weights = (before < energy * values.sum()) & (values > 0)
-    return (U * weights) @ U.T, values, int(weights.sum())
+        errors[name]["Q"] = np.zeros((r, r))
+        if energy is None or not state.tasks or layer.moments is None:
+            continue
+        S = np.asarray(layer.moments.S[:r, :r], np.float64)
+        own = 2 * decomposition(r, r, "float64")
+        noise = np.linalg.norm(S) * own + np.linalg.norm(errors[name]["S"][:r, :r])
+        values, U = np.linalg.eigh(S)
+        values, U = np.clip(values[::-1], 0.0, None), np.abs(U[:, ::-1])
+        weights, gap = leading(values, energy, values, noise, noise)
+        fields[name]["Q"] = np.eye(r) + (U * weights) @ U.T
+        errors[name]["Q"] += turned(noise, gap) + own
+    return fields, errors
 
 
 def zeros(fields: Fields) -> Fields:
@@ -176,8 +157,7 @@ def step(
         count += d_out + d_in + 2 * fields[name]["A"].shape[1] + 8
     for name, own in gradients.items():
         if weight is not None and "S" in fields[name]:
-            r = fields[name]["R_delta"].shape[-1]
-            m = fields[name]["R_delta"].shape[0]
+            m, r = fields[name]["R_delta"].shape
             moments = core.Moments(fields[name]["S"][:r, :r], fields[name]["P"][:m, :r], fields[name]["q"])
             own["R_delta"] = own["R_delta"] + weight * core.drift_vjp(_adapter(fields[name]), moments, since="boundary")
         for field, gradient in own.items():
