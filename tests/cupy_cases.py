@@ -60,6 +60,16 @@ def live(clora, adapter, optimizer, put=same, tasks=2, steps=4, dtype=np.float32
                 adapter.observe([(x[:20, :], y[:20]), (x[20:, :], y[20:])])
 
 
+def second_task(clora, put, rule, factors, penalty):
+    """An adapter that is about to begin its second task, where all that can be at work is; its optimizer, and data."""
+    adapter = make(clora, put, factors=factors)
+    optimizer = clora.Optimizer(adapter, RULES[rule](clora))
+    if factors != "every-task":
+        adapter.protect(optimizer, energy=0.7)
+    live(clora, adapter, optimizer, put, tasks=1, **penalty)
+    return adapter, optimizer, *map(put, data(1))
+
+
 def everything(adapter, get=same):
     """All arrays of an adapter: name -> NumPy."""
     out = {}

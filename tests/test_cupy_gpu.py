@@ -32,30 +32,12 @@ test_a_consumer_that_looks_late = staging.test_a_consumer_that_looks_late
 test_any_layout = staging.test_any_layout
 
 
+clora, kernels, stage = common.clora, common.kernels, staging.stage
+
+
 @pytest.fixture
 def cupy():
     return pytest.importorskip("cupy", reason=kit.NO_CUPY)
-
-
-@pytest.fixture
-def clora(cupy):
-    import clora_cupy
-
-    return clora_cupy
-
-
-@pytest.fixture
-def kernels(cupy):
-    from clora_cupy import _kernels
-
-    return _kernels
-
-
-@pytest.fixture
-def stage(cupy):
-    from clora_cupy import stage
-
-    return stage
 
 
 def get(array):

@@ -77,12 +77,7 @@ def test_a_whole_life_has_the_bits_of_numpy(clora, rule, factors, penalty):
 @pytest.mark.parametrize(("factors", "penalty"), MODES)
 def test_a_step_neither_waits_nor_copies(clora, rule, factors, penalty):
     """In the second task, where all that can be at work is; the first step of a task may prepare things."""
-    adapter = cases.make(clora, put, factors=factors)
-    optimizer = clora.Optimizer(adapter, cases.RULES[rule](clora))
-    if factors != "every-task":
-        adapter.protect(optimizer, energy=0.7)
-    cases.live(clora, adapter, optimizer, put, tasks=1, **penalty)
-    x, y = map(put, cases.data(1))
+    adapter, optimizer, x, y = cases.second_task(clora, put, rule, factors, penalty)
     double.reset()
     adapter.begin_task("second")
     assert len(double.SYNCS) == (1 if factors != "every-task" else 0), "one look for a full space, if protected"

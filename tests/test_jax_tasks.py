@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import clora_core as core
+import clora_store as store
 from clora_core.errors import (
     DTypeError,
     InvalidValueError,
@@ -801,6 +802,30 @@ def test_donated_restorations_and_heads_leave_the_rest_alone() -> None:
     alone = {"head": {"weight": jnp.ones((3, 6))}}
     eat(clora.attach(alone, rank=1, targets=(), heads="head"))
     assert np.array_equal(alone["head"]["weight"], np.ones((3, 6)))
+
+
+def test_a_folder_tells_unseen_directions_from_unseen_tasks(tmp_path: Any) -> None:
+    """Either keeps the meter from being read; only the first is a fact of the layers."""
+    _, adapters, history = lived(1)
+    for by, complete in ((0, True), (1, False)):
+        grown = clora.expand(adapters, by, seed=0) if by else adapters
+        grown, past = clora.end_task(clora.begin_task(grown), history=history, name="unseen")
+        clora.save(tmp_path / str(by), grown, past)
+        state = store.load(tmp_path / str(by))
+        assert state.unobserved == ("unseen",)
+        assert state.layers["encoder.0"].complete is complete
+
+
+def test_going_back_to_a_lower_rank_leaves_the_later_directions_spare() -> None:
+    adapters, history = attach(params(), factors="every-task", max_rank=10), clora.History()
+    adapters, history = clora.end_task(clora.begin_task(adapters), history=history)
+    grown = clora.expand(adapters, 1)
+    grown, history = clora.end_task(clora.begin_task(grown), history=history)
+    back = clora.restore(grown, history, "task-0")["encoder.0"]
+    assert back.rank == 8
+    assert np.array_equal(back.spare[0][:, :1], grown["encoder.0"].adapter.A[:, 8:])
+    assert np.array_equal(back.spare[1][1:], grown["encoder.0"].spare[1])
+    assert clora.restore(grown, history, "task-1")["encoder.0"].spare[0].shape == (32, 1)
 
 
 def test_directions_to_grow_into_are_alive() -> None:

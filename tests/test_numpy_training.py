@@ -382,6 +382,8 @@ def test_state_has_a_constant_size():
     one, two, head = 6 * (10 + 12) + 36, 6 * (8 + 10) + 36, 27
     moments = 8 * (36 * 2 + 1) * 2 + 8 * (81 + 27 + 1)
     assert sizes == [4 * (one + two + head) + moments] * 4
+    wider = make(max_rank=8).state_bytes() - make().state_bytes()  # two directions more, and what is known of them
+    assert wider == 4 * 2 * (10 + 12 + 8 + 10) + 8 * 2 * 2 * (64 - 36)
 
 
 def test_the_optimizer_state_of_the_routing_is_cleared_at_a_boundary():

@@ -53,12 +53,7 @@ def _counting(calls, name, original):
 @pytest.mark.parametrize("rule", cases.RULES)
 @pytest.mark.parametrize(("factors", "penalty"), MODES)
 def test_a_step_converts_nothing(counted, rule, factors, penalty):
-    adapter = cases.make(clora, put, factors=factors)
-    optimizer = clora.Optimizer(adapter, cases.RULES[rule](clora))
-    if factors != "every-task":
-        adapter.protect(optimizer, energy=0.7)
-    cases.live(clora, adapter, optimizer, put, tasks=1, **penalty)
-    x, y = map(put, cases.data(1))
+    adapter, optimizer, x, y = cases.second_task(clora, put, rule, factors, penalty)
     adapter.begin_task("second")
     counted.clear()
     for _ in range(2):
